@@ -1,0 +1,162 @@
+"""CarvanaModel: the network, its loss, its data and its scores, as a LightningModule."""
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+import config
+import dice_loss
+import metrics
+import model_dispatcher
+from dataset import CarvanaDataset, EpochSampler
+
+
+class CarvanaModel(pl.LightningModule):
+    """A segmentation model of `config.MODEL_NAME`, trained on some folds and validated on others.
+
+    Every constant of config.py is kept in `hparams`, as plain types, and is read from there: a
+    checkpoint alone is enough to rebuild the model, whatever config.py says by then.
+
+    Args:
+        train_folds, val_folds: values of kfold in TRAIN_FOLDS.
+        pretrained: whether to give the encoder ENCODER_WEIGHTS; a checkpoint brings its own.
+        constants: values to take in place of config.py's: those of a checkpoint.
+    """
+
+    def __init__(self, train_folds, val_folds, pretrained: bool = True, **constants):
+        super().__init__()
+        self.save_hyperparameters(
+            {
+                'train_folds': list(train_folds),
+                'val_folds': list(val_folds),
+                'pretrained': False,
+                **config.constants(),
+                **constants,
+            }
+        )
+        constants = self.hparams
+        self.model = model_dispatcher.build_model(
+            constants.MODEL_NAME,
+            weights=constants.ENCODER_WEIGHTS if pretrained else None,
+            channels=constants.CHANNELS,
+            classes=constants.CLASSES,
+        )
+        self.model.to(memory_format=torch.channels_last)
+        if constants.COMPILE:
+            self.model.compile()
+        self.loss = dice_loss.build_loss(
+            constants.LOSS,
+            classes=constants.CLASSES,
+            ignore_index=constants.IGNORE_INDEX,
+            **constants.LOSS_ARGS,
+        )
+        self.scores = metrics.Scores()
+        for name in ('MODEL_MEAN', 'MODEL_STD'):
+            values = 255 * torch.tensor(constants[name]).reshape(1, -1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+        self.unchecked = []
+
+    @property
+    def input_form(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the images that the model was trained on."""
+        size = self.hparams.CROP_SIZE
+        height, width = (size, size) if isinstance(size, int) else size
+        return height, width, self.hparams.CHANNELS
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (N, CLASSES, H, W) of 8-bit images (N, CHANNELS, H, W), values 0..255."""
+        images = (images.float() - self.MODEL_MEAN) / self.MODEL_STD
+        return self.model(images.contiguous(memory_format=torch.channels_last))
+
+    def training_step(self, batch: dict, batch_index: int) -> torch.Tensor:
+        loss = self.loss(self(batch['image']), batch['mask'])
+        self.log('train_loss', loss, on_epoch=True, on_step=False, batch_size=len(batch['img']))
+        self.unchecked.append((loss.detach(), batch['img']))
+        if len(self.unchecked) == self.trainer.log_every_n_steps:
+            self.check_losses()
+        # Lightning divides each loss by accumulate_grad_batches, also in an epoch's last window,
+        # which may hold fewer batches.
+        window, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        short = batches % window
+        return loss * (window / short) if batch_index >= batches - short else loss
+
+    def check_losses(self) -> None:
+        """Stop at a loss that is not finite; asked now and then, as each look waits for the device.
+
+        The scaler's ordinary skipped step has a finite loss: only its gradients overflow.
+        """
+        if not self.unchecked:
+            return
+        losses, names = zip(*self.unchecked)
+        self.unchecked = []
+        for loss, batch in zip(torch.stack(losses).tolist(), names):
+            if not -float('inf') < loss < float('inf'):
+                advice = f'a lower LR than {self.hparams.LR}'
+                if self.trainer.precision == '16-mixed':
+                    advice = f"PRECISION='bf16' (or 32) in place of 16, or {advice}"
+                raise config.UserMistake(
+                    f'the loss is {loss} in epoch {self.current_epoch} at the images '
+                    f'{", ".join(batch)}: try {advice}. The last good checkpoint stays'
+                )
+
+    def on_train_epoch_start(self) -> None:
+        # Dropout then is a function of the epoch as well: a resumed run repeats it.
+        torch.manual_seed(self.hparams.SEED + 1000 * self.current_epoch + self.global_rank)
+        self.log('lr', self.optimizers().param_groups[0]['lr'])
+
+    def on_validation_start(self) -> None:
+        self.check_losses()
+        names = self.trainer.val_dataloaders.dataset.names
+        self.row = {name: row for row, name in enumerate(names)}
+
+    def validation_step(self, batch: dict, batch_index: int) -> None:
+        logits = self(batch['image'])
+        prediction = metrics.decide(metrics.activate(logits))
+        counts = metrics.count(
+            prediction, batch['mask'], self.hparams.CLASSES, self.hparams.IGNORE_INDEX
+        )
+        rows = torch.tensor([self.row[name] for name in batch['img']], device=self.device)
+        self.scores.update(rows, counts, self.loss(logits, batch['mask']))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.scores.compute())
+        self.scores.reset()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        parameters = list(self.parameters())
+        return torch.optim.Adam(parameters, lr=self.hparams.LR, fused=parameters[0].is_cuda)
+
+    def prepare_data(self) -> None:
+        """Once per machine, before the workers start: build the cache."""
+        if self.hparams.CACHE:
+            CarvanaDataset(self.hparams.val_folds)
+
+    def train_dataloader(self) -> DataLoader:
+        data = CarvanaDataset(self.hparams.train_folds, train=True)
+        batch_size = min(self.hparams.TRAIN_BATCH_SIZE, len(data))
+        sampler = EpochSampler(data, *self.ranks(), shuffle=True, seed=self.hparams.SEED)
+        # A last batch of one image gives batch normalisation nothing to average over.
+        lonely = batch_size > 1 and len(sampler) % batch_size == 1
+        return self.loader(data, batch_size, sampler, drop_last=lonely)
+
+    def val_dataloader(self) -> DataLoader:
+        data = CarvanaDataset(self.hparams.val_folds, train=False)
+        sampler = DistributedSampler(data, *self.ranks(), shuffle=False)
+        return self.loader(data, self.hparams.VAL_BATCH_SIZE, sampler)
+
+    def ranks(self) -> tuple[int, int]:
+        """(number of processes, this one's place); (1, 0) outside a Trainer."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self._trainer else (1, 0)
+
+    def loader(self, data, batch_size, sampler, drop_last=False) -> DataLoader:
+        workers = self.hparams.NUM_WORKERS
+        return DataLoader(
+            data,
+            batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            num_workers=workers,
+            pin_memory=self.device.type == 'cuda',
+            persistent_workers=workers > 0,
+            prefetch_factor=4 if workers else None,
+        )

@@ -1,0 +1,173 @@
+"""NAME=value words, --help and the checks of config.py; standard library alone, so it is instant."""
+
+import ast
+import difflib
+import re
+import sys
+from pathlib import Path
+
+import config
+
+# Constants whose legal values are not simply those of their default's type.
+POSITIVE = (lambda v: is_int(v) and v > 0), 'a whole number from 1 up'
+COUNT = (lambda v: is_int(v) and v >= 0), 'a whole number from 0 up'
+FLAG = (lambda v: isinstance(v, bool)), 'True or False'
+TEXT = (lambda v: isinstance(v, str) and v), 'text'
+TEXT_OR_NONE = (lambda v: v is None or (isinstance(v, str) and v)), 'text or None'
+COLOURS = (
+    lambda v: isinstance(v, (list, tuple)) and len(v) == config.CHANNELS and all(map(is_number, v)),
+    'one number per channel (CHANNELS)',
+)
+ANYTHING = (lambda v: True), 'anything'  # a constant that a user has added
+LEGAL = {
+    'CROP_SIZE': (
+        lambda v: all(is_int(x) and x > 0 for x in pair(v)) and len(pair(v)) == 2,
+        'a side in pixels, or (height, width)',
+    ),
+    'CHANNELS': (lambda v: is_int(v) and v in (1, 3), '1 or 3'),
+    'CLASSES': (lambda v: is_int(v) and 1 <= v <= 255, 'a whole number from 1 to 255'),
+    'INPUT_SHAPE': (
+        lambda v: list(v) == [config.CHANNELS, *pair(config.CROP_SIZE)],
+        '(CHANNELS, height, width): set CROP_SIZE instead',
+    ),
+    'MODEL_MEAN': COLOURS,
+    'MODEL_STD': (lambda v: COLOURS[0](v) and min(v) > 0, COLOURS[1] + ', each above 0'),
+    'IGNORE_INDEX': (
+        lambda v: v is None or (is_int(v) and 0 <= v <= 255),
+        'None or a mask value from 0 to 255',
+    ),
+    'N_FOLDS': (lambda v: is_int(v) and v >= 2, 'a whole number from 2 up'),
+    'GROUP_REGEX': (
+        lambda v: v is None or (isinstance(v, str) and has_group(v)),
+        'None or a regular expression with one (group)',
+    ),
+    'FOLDS': (
+        lambda v: (
+            isinstance(v, (list, tuple))
+            and 0 < len(v) == len(set(v))
+            and all(is_int(x) and 0 <= x < config.N_FOLDS for x in v)
+        ),
+        'a list of different folds from 0 to N_FOLDS - 1',
+    ),
+    'ENCODER_WEIGHTS': TEXT_OR_NONE,
+    'LOSS_ARGS': (lambda v: isinstance(v, dict), "a dictionary, such as {'smooth': 1.0}"),
+    'LR': (lambda v: is_number(v) and v > 0, 'a number above 0'),
+    'PRECISION': (lambda v: not isinstance(v, bool) and v in (16, 32, 'bf16'), "16, 'bf16' or 32"),
+    'AUGMENTATION': (
+        lambda v: v in ('original', 'flip', 'strong', 'none'),
+        "'original', 'flip', 'strong' or 'none'",
+    ),
+    'SEED': (lambda v: is_int(v) and 0 <= v < 2**32, 'a whole number from 0 to 2**32 - 1'),
+    'NUM_WORKERS': COUNT,
+    'ACCELERATOR': TEXT,
+    'DEVICES': (
+        lambda v: v == 'auto' or (is_int(v) and (v > 0 or v == -1)),
+        "a number of devices per machine, -1 or 'auto'",
+    ),
+    'PATH': TEXT_OR_NONE,
+    'THRESHOLD': (
+        lambda v: v is None or (is_number(v) and 0 < v < 1),
+        'None or a probability between 0 and 1',
+    ),
+}
+
+
+def is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value) -> bool:
+    return is_int(value) or isinstance(value, float)
+
+
+def pair(value) -> tuple:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+
+
+def has_group(pattern: str) -> bool:
+    try:
+        return re.compile(pattern).groups >= 1
+    except re.error:
+        return False
+
+
+def legal(name: str) -> tuple:
+    """(test, description) of the legal values of a constant, by its table or its default's type."""
+    kinds = {bool: FLAG, int: POSITIVE, str: TEXT}
+    return LEGAL.get(name) or kinds.get(type(DEFAULTS[name]), ANYTHING)
+
+
+DEFAULTS = config.constants()
+
+
+def nearest(name: str, names) -> str:
+    """'did you mean A or B?' for a misspelt name, else all of the names."""
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    return f'did you mean {" or ".join(close)}?' if close else f'legal names: {", ".join(names)}'
+
+
+def override(words: list[str]) -> None:
+    """Set constants in `config` from NAME=value words; derived constants are worked out again.
+
+    Raises config.UserMistake for an unknown name or a value of the wrong kind.
+    """
+    given = {}
+    for word in words:
+        name, equals, text = word.partition('=')
+        if not equals:
+            raise config.UserMistake(f"'{word}' is not a NAME=value word, such as EPOCHS=1")
+        if name not in DEFAULTS:
+            raise config.UserMistake(
+                f"'{name}' is no constant of config.py: {nearest(name, DEFAULTS)}"
+            )
+        try:
+            given[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            given[name] = text
+        if legal(name) is TEXT and not isinstance(given[name], str):
+            given[name] = text  # INPUT=2018 is a folder
+    # The form is run again from its top with the given values in place of the written ones.
+    for statement in ast.parse(Path(config.__file__).read_text(encoding='utf-8')).body:
+        if isinstance(statement, ast.Assign) and statement.targets[0].id.isupper():
+            name = statement.targets[0].id
+            if name in given:
+                setattr(config, name, given[name])
+            else:
+                exec(compile(ast.Module([statement], []), config.__file__, 'exec'), vars(config))
+
+
+def check() -> None:
+    """Check every constant by itself; raises config.UserMistake naming it and its legal values."""
+    for name, value in config.constants().items():
+        test, description = legal(name)
+        try:
+            fits = test(value)
+        except TypeError:
+            fits = False
+        if not fits:
+            raise config.UserMistake(f'{name}={value!r}: must be {description}')
+
+
+def start(doc: str, words: list[str] | None = None) -> None:
+    """First line of a script: NAME=value words and --help, before the imports that take seconds."""
+    words = sys.argv[1:] if words is None else words
+    if {'-h', '--help'} & set(words):
+        names = [name for name in DEFAULTS if re.search(rf'\b{name}\b', doc)]
+        lines = [f'  {name} = {getattr(config, name)!r}' for name in names]
+        print(f'{doc.strip()}\n\nConstants (config.py), to be given as NAME=value for one run:')
+        print('\n'.join(lines))
+        sys.exit()
+    try:
+        override(words)
+        check()
+    except config.UserMistake as mistake:
+        sys.exit(str(mistake))
+
+
+def run(main) -> None:
+    """Run a script's main(): a user's mistake ends with its message and status 1, a bug as it is."""
+    try:
+        main()
+    except config.UserMistake as mistake:
+        # An error from a DataLoader's worker arrives with the worker's traceback before it.
+        sys.exit(str(mistake).rsplit('UserMistake: ', 1)[-1].strip())

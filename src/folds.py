@@ -1,0 +1,275 @@
+"""Step 1: assign every training image to a fold.
+
+Reads   TRAIN_CSV (its column img) or, without it, the image files of TRAIN_PATH; the headers of
+        all images and of their masks in MASK_PATH (IMAGE_SUFFIX, MASK_SUFFIX); the values of some
+        masks (CLASSES, IGNORE_INDEX).
+Writes  TRAIN_FOLDS: img,kfold,group (img without folder and suffix).
+
+Images of one group, by GROUP_REGEX, are never in two folds: Carvana shows each car from 16 sides.
+The split depends on the names, SEED and N_FOLDS alone. Run it again whenever the images change:
+
+    python folds.py
+"""
+
+import config
+
+if __name__ == '__main__':
+    import command_line
+
+    command_line.start(__doc__)
+
+import os
+import re
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+import images
+
+MASKS_LOOKED_AT = 500  # of more masks, so many are decoded here; the first epoch meets the others
+
+
+def main() -> None:
+    names = image_names()
+    check_pairs(names)
+    table = assign_folds(names)
+    write_table(table, config.path(config.TRAIN_FOLDS))
+    counts = table.groupby('kfold').agg(images=('img', 'size'), groups=('group', 'nunique'))
+    counts.loc['all'] = counts.sum()
+    print(counts.to_string())
+    print(f'{config.N_FOLDS} folds that share no group: {config.TRAIN_FOLDS}')
+
+
+@contextmanager
+def whole_file(file: Path):
+    """Open a text file that appears whole or not at all: written beside its place, then renamed."""
+    temporary = file.with_name(f'{file.name}.{os.getpid()}.tmp')
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open('w', encoding='utf-8', newline='') as text:
+                yield text
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise config.UserMistake(f'{file}: cannot be written ({error.strerror})') from None
+
+
+def write_table(table: pd.DataFrame, file: Path) -> None:
+    """Write a CSV file whole or not at all."""
+    with whole_file(file) as text:
+        table.to_csv(text, index=False)
+
+
+def read_table(file: Path, columns: list[str], remedy: str) -> pd.DataFrame:
+    """A CSV file with at least these columns, all cells as text.
+
+    Raises config.UserMistake, with the remedy, where the file or a column is missing.
+    """
+    try:
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise config.UserMistake(f'{file}: no such file: {remedy}') from None
+    except (ValueError, OSError) as error:
+        raise config.UserMistake(f'{file}: not a readable table ({error}): {remedy}') from None
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise config.UserMistake(
+            f'{file}: no column {missing[0]}, only {", ".join(table.columns)}: {remedy}'
+        )
+    return table
+
+
+def image_names() -> list[str]:
+    """Names, without folder and suffix, of the training images: from TRAIN_CSV or the folder."""
+    folder = config.path(config.TRAIN_PATH)
+    if config.path(config.TRAIN_CSV).is_file():
+        table = read_table(config.path(config.TRAIN_CSV), ['img'], 'mend or remove it')
+        names = [name.removesuffix(config.IMAGE_SUFFIX) for name in table.img]
+        outside = [name for name in names if not name or name != os.path.basename(name)]
+        if outside:
+            raise config.UserMistake(
+                f"{config.TRAIN_CSV}: '{outside[0]}' is not the name of a file in TRAIN_PATH"
+            )
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise config.UserMistake(
+                f'{config.TRAIN_CSV}: {len(twice)} images are listed more than once: {some(twice)}'
+            )
+    else:
+        names = files_in(folder, config.IMAGE_SUFFIX, 'TRAIN_PATH')
+        if folder == config.path(config.MASK_PATH) and config.MASK_SUFFIX != config.IMAGE_SUFFIX:
+            names = [n for n in names if not (n + config.IMAGE_SUFFIX).endswith(config.MASK_SUFFIX)]
+    if not names:
+        raise config.UserMistake(f'{folder}: no images named *{config.IMAGE_SUFFIX} (IMAGE_SUFFIX)')
+    return sorted(names)
+
+
+def files_in(folder: Path, suffix: str, constant: str) -> list[str]:
+    """Names, without the suffix, of a folder's files that end in it; hidden files do not count.
+
+    Raises config.UserMistake where there are none, telling what else is there.
+    """
+    if not folder.is_dir():
+        raise config.UserMistake(f'{folder}: no such folder: set {constant} or INPUT')
+    files = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith('.'))
+    names = [file.removesuffix(suffix) for file in files if file.endswith(suffix)]
+    if not names:
+        endings = Counter(os.path.splitext(file)[1] or 'no suffix' for file in files)
+        there = ', '.join(f'{count} {ending}' for ending, count in endings.most_common(4))
+        raise config.UserMistake(
+            f'{folder}: no file named *{suffix}, but {there or "it is empty"}: set {constant} (are '
+            'TRAIN_PATH and MASK_PATH swapped?) or its suffix'
+        )
+    return names
+
+
+def check_pairs(names: list[str]) -> None:
+    """Every image has a mask of its own size, and the masks hold classes; some are decoded."""
+    image_folder, mask_folder = config.path(config.TRAIN_PATH), config.path(config.MASK_PATH)
+    with_image = set(files_in(image_folder, config.IMAGE_SUFFIX, 'TRAIN_PATH'))
+    with_mask = set(files_in(mask_folder, config.MASK_SUFFIX, 'MASK_PATH'))
+    for missing, what in (
+        ([n for n in names if n not in with_image], f'have no file in {config.TRAIN_PATH}'),
+        ([n for n in names if n not in with_mask], f'have no mask in {config.MASK_PATH}'),
+    ):
+        if missing:
+            raise config.UserMistake(
+                f'{len(missing)} of {len(names)} images {what}: {some(missing)}'
+            )
+    lonely = sorted(with_mask - with_image)
+    if lonely and not config.path(config.TRAIN_CSV).is_file():
+        raise config.UserMistake(
+            f'{len(lonely)} masks in {config.MASK_PATH} have no image *{config.IMAGE_SUFFIX} in '
+            f'{config.TRAIN_PATH}: {some(lonely)}'
+        )
+    differ = []
+    for name in tqdm(names, 'checking headers', disable=None, leave=False):
+        image_file, mask_file = files_of(name)
+        mode, image_size = images.header(image_file)
+        _, mask_size = images.header(mask_file)
+        if mode not in images.PLAIN_MODES:
+            images.read_image(image_file)  # tells what is wrong
+        if image_size != mask_size:
+            differ.append(f'{name} ({shape(image_size)} and {shape(mask_size)})')
+    if differ:
+        raise config.UserMistake(
+            f'{len(differ)} images and their masks differ in size (width x height): {some(differ)}'
+        )
+    constant = Counter()
+    step = max(1, len(names) // MASKS_LOOKED_AT)
+    for name in tqdm(names[::step], 'checking masks', disable=None, leave=False):
+        mask = images.read_mask(files_of(name)[1], config.CLASSES, config.IGNORE_INDEX)
+        if mask.min() == mask.max():
+            constant[int(mask.min())] += 1
+    for value, count in sorted(constant.items()):
+        print(f'{count} of {len(names[::step])} masks looked at hold nothing but class {value}')
+
+
+def assign_folds(names: list[str]) -> pd.DataFrame:
+    """Table img,kfold,group: whole groups, shuffled by SEED, in N_FOLDS folds of like size."""
+    from sklearn.model_selection import GroupKFold  # slow to import, and needed by this step alone
+
+    groups = [group_of(name) for name in names]
+    if len(set(groups)) < config.N_FOLDS:
+        raise config.UserMistake(
+            f'N_FOLDS={config.N_FOLDS}, but only {len(set(groups))} different groups of images by '
+            f'GROUP_REGEX={config.GROUP_REGEX!r}, such as {some(sorted(set(groups)))}: fewer folds, '
+            'or GROUP_REGEX=None to split by image'
+        )
+    table = pd.DataFrame({'img': names, 'kfold': -1, 'group': groups})
+    splitter = GroupKFold(config.N_FOLDS, shuffle=True, random_state=config.SEED)
+    for fold, (_, held_out) in enumerate(splitter.split(names, groups=groups)):
+        table.loc[held_out, 'kfold'] = fold
+    check_table(table)
+    return table
+
+
+def group_of(name: str) -> str:
+    """The first capture group of GROUP_REGEX in an image's name; without one, the name."""
+    if config.GROUP_REGEX is None:
+        return name
+    match = re.search(config.GROUP_REGEX, name)
+    if match is None or match.group(1) is None:
+        raise config.UserMistake(
+            f"GROUP_REGEX={config.GROUP_REGEX!r} does not fit the image name '{name}': set one that "
+            'finds what must not be split (the patient, the car), or None to split by image'
+        )
+    return match.group(1)
+
+
+def check_table(table: pd.DataFrame) -> None:
+    """No group is in two folds and no image is there twice: or a UserMistake."""
+    again = f'run folds.py again (it writes {config.TRAIN_FOLDS})'
+    split = table.groupby('group').kfold.nunique()
+    if (split > 1).any():
+        raise config.UserMistake(f'group {split.idxmax()} is in {split.max()} folds: {again}')
+    if table.img.duplicated().any():
+        raise config.UserMistake(f'{table.img[table.img.duplicated()].iloc[0]} is twice: {again}')
+
+
+def read_folds(folds: list[int] | None = None) -> pd.DataFrame:
+    """The checked table img,kfold,group of TRAIN_FOLDS; of some folds alone where they are given."""
+    again = 'run folds.py'
+    table = read_table(config.path(config.TRAIN_FOLDS), ['img', 'kfold', 'group'], again)
+    if not table.kfold.str.fullmatch(r'\d+').all():
+        raise config.UserMistake(
+            f'{config.TRAIN_FOLDS}: kfold is not a whole number: {again} again'
+        )
+    table['kfold'] = table.kfold.astype(int)
+    check_table(table)
+    empty = sorted(set(folds or []) - set(table.kfold))
+    if empty:
+        raise config.UserMistake(
+            f'{config.TRAIN_FOLDS}: no image in fold {empty[0]}: {again} again'
+        )
+    return table if folds is None else table[table.kfold.isin(folds)].reset_index(drop=True)
+
+
+def check_up_to_date() -> None:
+    """TRAIN_FOLDS lists the images that there are, and is newer than they: or a UserMistake."""
+    table, file = read_folds(list(range(config.N_FOLDS))), config.path(config.TRAIN_FOLDS)
+    if table.kfold.max() >= config.N_FOLDS:
+        raise config.UserMistake(
+            f'{config.TRAIN_FOLDS} has {table.kfold.max() + 1} folds, N_FOLDS={config.N_FOLDS}: run '
+            'folds.py again'
+        )
+    changed = set(table.img) ^ set(image_names())
+    if not changed:
+        written = file.stat().st_mtime
+        changed = [f.name for n in table.img for f in files_of(n) if modified(f) > written]
+    if changed:
+        raise config.UserMistake(
+            f'{config.TRAIN_FOLDS} is older than the images ({some(sorted(changed))}): run folds.py'
+        )
+
+
+def files_of(name: str) -> tuple[Path, Path]:
+    """The image file and the mask file of a training image."""
+    return (
+        config.path(config.TRAIN_PATH) / (name + config.IMAGE_SUFFIX),
+        config.path(config.MASK_PATH) / (name + config.MASK_SUFFIX),
+    )
+
+
+def modified(file: Path) -> float:
+    """When a file was last written, in seconds; one that is missing has changed by now."""
+    return file.stat().st_mtime if file.exists() else float('inf')
+
+
+def some(names: list[str], count: int = 5) -> str:
+    """The first of the names, and how many more there are."""
+    more = f' and {len(names) - count} more' if len(names) > count else ''
+    return ', '.join(map(str, names[:count])) + more
+
+
+def shape(size: tuple[int, int]) -> str:
+    return f'{size[1]}x{size[0]}'
+
+
+if __name__ == '__main__':
+    command_line.run(main)

@@ -1,0 +1,240 @@
+"""Image and mask files: their headers, their pixels, and Kaggle's run-length encoding."""
+
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+import config
+
+# The workers of a DataLoader share the cores already. It has to be said before the first call: a
+# forked worker that changes it, or needs the threads that its parent had, waits for ever.
+cv2.setNumThreads(1)
+
+# Modes of PIL that turn into 8 bits per channel without a choice that is the user's to make.
+PLAIN_MODES = ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'RGBX', 'CMYK', 'YCbCr')
+# Last bytes of a whole file; where they differ, decoding tells whether something is missing.
+ENDINGS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82', 'GIF': b';'}
+ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap width and height
+
+
+def broken(file, error) -> config.UserMistake:
+    """The mistake to raise for a file that cannot be decoded."""
+    if isinstance(error, FileNotFoundError):
+        return config.UserMistake(f'{file}: no such file')
+    reason = 'it is empty' if Path(file).stat().st_size == 0 else str(error).replace('\n', ' ')
+    return config.UserMistake(f'{file}: not a readable image ({reason}): replace or remove it')
+
+
+def header(file) -> tuple[str, tuple[int, int]]:
+    """(PIL's mode, (height, width) as displayed) of an image file.
+
+    Its pixels are decoded only where its last bytes are not those that end a whole file.
+    Raises config.UserMistake for a file that is missing, truncated or no image.
+    """
+    try:
+        with Image.open(file) as image, Path(file).open('rb') as raw:
+            width, height = image.size
+            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            if image.format in ENDINGS:
+                raw.seek(-len(ENDINGS[image.format]), io.SEEK_END)
+                if raw.read() != ENDINGS[image.format]:
+                    image.load()
+            return image.mode, (width, height) if turned else (height, width)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise broken(file, error) from None
+
+
+def read_image(file, channels: int = 3, sizes: tuple = ()) -> list[np.ndarray]:
+    """Decode an image file once, as viewers show it (EXIF rotation applied, alpha left out).
+
+    Args:
+        channels: 3 for RGB, 1 for grey.
+        sizes: (height, width) pairs to resize to; none: the image's own size. A JPEG is decoded at
+            1/2, 1/4 or 1/8 where that is at least as large as every size asked for.
+
+    Returns: one uint8 array (height, width, channels), 0..255, for each size (or for its own).
+
+    Raises config.UserMistake where the file is missing, truncated, no image, or has 16 bits.
+    """
+    try:
+        data = Path(file).read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            if image.mode not in PLAIN_MODES:
+                raise config.UserMistake(
+                    f'{file}: {image.mode} pixels have more than 8 bits: which of them hold the '
+                    'picture is yours to say, save it with 8 bits per channel'
+                )
+            whole = data.endswith(ENDINGS['JPEG'])  # or OpenCV fills what is missing with grey
+            if image.format == 'JPEG' and image.mode in ('RGB', 'L') and whole:
+                pixels = decode_jpeg(data, channels, reduction(image, sizes))
+            else:
+                image = ImageOps.exif_transpose(image).convert('RGB' if channels == 3 else 'L')
+                pixels = np.array(image)
+    except (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError) as error:
+        raise error if isinstance(error, config.UserMistake) else broken(file, error) from None
+    resized = [cv2.resize(pixels, (w, h), interpolation=cv2.INTER_LINEAR) for h, w in sizes]
+    return [array.reshape(*array.shape[:2], channels) for array in resized or [pixels]]
+
+
+def reduction(image: Image.Image, sizes) -> int:
+    """The largest of 8, 4, 2, 1 by which the image may be divided and still cover every size."""
+    if not sizes:
+        return 1
+    turned = image.getexif().get(ORIENTATION, 1) >= 5
+    width, height = image.size[::-1] if turned else image.size
+    need = [(max(h for h, _ in sizes), height), (max(w for _, w in sizes), width)]
+    return next(n for n in (8, 4, 2, 1) if n == 1 or all(own // n >= asked for asked, own in need))
+
+
+def decode_jpeg(data: bytes, channels: int, divisor: int) -> np.ndarray:
+    """The pixels of a JPEG, by OpenCV: the fastest decoder that the requirements bring along."""
+    flags = {
+        (1, 1): cv2.IMREAD_GRAYSCALE,
+        (1, 2): cv2.IMREAD_REDUCED_GRAYSCALE_2,
+        (1, 4): cv2.IMREAD_REDUCED_GRAYSCALE_4,
+        (1, 8): cv2.IMREAD_REDUCED_GRAYSCALE_8,
+        (3, 1): cv2.IMREAD_COLOR,
+        (3, 2): cv2.IMREAD_REDUCED_COLOR_2,
+        (3, 4): cv2.IMREAD_REDUCED_COLOR_4,
+        (3, 8): cv2.IMREAD_REDUCED_COLOR_8,
+    }
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags[channels, divisor])
+    if pixels is None:
+        raise ValueError('its JPEG data are damaged')
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if channels == 3 else pixels
+
+
+def read_mask(file, classes: int = 1, ignore_index: int | None = None, size=None) -> np.ndarray:
+    """Decode a mask file into class indices, by one rule:
+
+    - The values are those stored: grey levels, 1-bit values, or palette indices. A palette stands
+      for its grey levels where a mask of one class (or two) uses black and white alone, and in a
+      GIF of greys. RGB(A) must be grey; alpha is left out.
+    - Values equal to `ignore_index` stay as they are.
+    - With one class (or two) 0 is background and 1 or 255 (65535 in 16 bits) foreground.
+    - With more, values are class indices from 0 to classes - 1.
+
+    Args:
+        size: (height, width) to resize to, by the nearest pixel; None: the mask's own size.
+
+    Returns: uint8 (height, width).
+
+    Raises config.UserMistake for anything else, naming the file and its values.
+    """
+    try:
+        with Image.open(file) as image:
+            values = stored_values(image, classes)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise broken(file, error) from None
+    if values is None:
+        raise config.UserMistake(
+            f'{file}: a coloured mask; save it as class indices (a grey or palette PNG), one value '
+            'per class'
+        )
+    if size is not None:
+        values = cv2.resize(values, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    found = np.flatnonzero(cv2.calcHist([values], [0], None, [256], [0, 256]))
+    table = index_table(found.tolist(), classes, ignore_index)
+    if table is None:
+        legal = '0 and 1, or 0 and 255' if classes <= 2 else f'0 to {classes - 1}'
+        legal += '' if ignore_index is None else f', and IGNORE_INDEX={ignore_index}'
+        shown = ', '.join(map(str, found[:8])) + (', ...' if len(found) > 8 else '')
+        raise config.UserMistake(
+            f'{file}: mask values {shown}; CLASSES={classes} takes {legal}. Masks that were resized '
+            'smoothly or saved as JPEG have values in between: make them again'
+        )
+    return values if table == list(range(256)) else cv2.LUT(values, np.array(table, np.uint8))
+
+
+def form() -> dict:
+    """What config.py says of the pairs: the keyword arguments of read_pair."""
+    return {
+        'size': config.crop_size(),
+        'channels': config.CHANNELS,
+        'classes': config.CLASSES,
+        'ignore_index': config.IGNORE_INDEX,
+    }
+
+
+def read_pair(image_file, mask_file, size, channels, classes, ignore_index) -> tuple:
+    """The image, uint8 (H, W, channels), and its mask, uint8 (H, W), both resized to `size`."""
+    image = read_image(image_file, channels, [size])[0]
+    return image, read_mask(mask_file, classes, ignore_index, size)
+
+
+def stored_values(image: Image.Image, classes: int) -> np.ndarray | None:
+    """The uint8 values (height, width) that a mask holds, see read_mask; None if it is coloured."""
+    if image.mode == 'P':
+        indices = np.array(image)
+        colours = np.array(image.getpalette('RGB'), np.uint8).reshape(-1, 3)
+        colours = np.pad(colours, ((0, 256 - len(colours)), (0, 0)))
+        used = np.flatnonzero(cv2.calcHist([indices], [0], None, [256], [0, 256]))
+        two_tone = classes <= 2 and np.isin(colours[used].sum(1, dtype=int), (0, 3 * 255)).all()
+        # GIF knows no grey images: what was saved as one comes back as a palette of greys.
+        grey = image.format == 'GIF' and (colours == colours[:, :1]).all()
+        return cv2.LUT(indices, colours[:, 0].copy()) if two_tone or grey else indices
+    if image.mode == '1':
+        return np.asarray(image).astype(np.uint8)
+    if image.mode in ('I', 'I;16', 'I;16B', 'I;16L'):
+        wide = np.asarray(image).astype(np.int64)
+        wide[wide == 65535] = 255
+        return np.clip(wide, 0, 254).astype(np.uint8) if wide.max() > 255 else wide.astype(np.uint8)
+    if image.mode in ('L', 'LA'):
+        return np.array(image.getchannel(0))
+    if image.mode == 'F':
+        raise ValueError('floating-point values')
+    red, green, blue = (np.asarray(band) for band in image.convert('RGB').split())
+    return np.array(red) if np.array_equal(red, green) and np.array_equal(red, blue) else None
+
+
+def index_table(found: list[int], classes: int, ignore_index: int | None) -> list[int] | None:
+    """Stored value -> class index for all 256 values, or None if one of `found` is illegal."""
+    table = list(range(256))
+    values = {value for value in found if value != ignore_index}
+    if classes <= 2:
+        if not (values <= {0, 1} or values <= {0, 255}):
+            return None
+        if 255 in values:
+            table[255] = 1
+    elif values and max(values) >= classes:
+        return None
+    return table
+
+
+def rle_encode(mask: np.ndarray) -> str:
+    """Kaggle's run-length encoding of a mask (height, width), nonzero = foreground.
+
+    'start length' pairs, pixels counted from 1 along the rows; a run continues into the next row;
+    '' for an empty mask.
+    """
+    flat = np.zeros(mask.size + 2, bool)
+    flat[1:-1] = np.ravel(mask)
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    edges[1::2] -= edges[::2]
+    return ' '.join(map(str, edges.tolist()))
+
+
+def rle_decode(rle: str, shape: tuple[int, int]) -> np.ndarray:
+    """The mask, uint8 (height, width) of 0/1, of `rle_encode`; an empty table cell (NaN) is empty.
+
+    Raises ValueError for a text that is not the encoding of a mask of this shape.
+    """
+    numbers = np.array([] if rle != rle or rle is None else rle.split(), dtype=np.int64)
+    starts, lengths = numbers[::2] - 1, numbers[1::2]
+    height, width = shape
+    if len(starts) != len(lengths):
+        raise ValueError('an odd count of numbers: not start length pairs')
+    ends = starts + lengths
+    if (
+        (lengths <= 0).any()
+        or (starts[1:] < ends[:-1]).any()
+        or (len(starts) and (starts[0] < 0 or ends[-1] > height * width))
+    ):
+        raise ValueError(f'runs that overlap or leave a mask of {height} x {width} pixels')
+    flat = np.zeros(height * width + 1, np.int8)
+    flat[starts] += 1
+    flat[ends] -= 1
+    return np.cumsum(flat[:-1], dtype=np.int8).astype(np.uint8).reshape(shape)

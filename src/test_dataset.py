@@ -1,0 +1,50 @@
+"""Look at the data: a picture of what the model is fed (a script, not a unit test).
+
+Reads   TRAIN_FOLDS, TRAIN_PATH, MASK_PATH (IMAGE_SUFFIX, MASK_SUFFIX), at CROP_SIZE (CHANNELS).
+Writes  OUTPUT/test_dataset.png: images of the first of FOLDS as they are validated, and below each
+        the same with AUGMENTATION in four epochs; the mask (CLASSES, IGNORE_INDEX) is drawn over them.
+
+    python test_dataset.py
+    python test_dataset.py AUGMENTATION=strong CROP_SIZE=512
+"""
+
+import config
+
+if __name__ == '__main__':
+    import command_line
+
+    command_line.start(__doc__)
+
+import plots
+from dataset import CarvanaDataset
+
+IMAGES, EPOCHS = 4, 4
+
+
+def main() -> None:
+    folds = config.FOLDS[:1]
+    plain, augmented = CarvanaDataset(folds, train=False), CarvanaDataset(folds, train=True)
+    step = max(1, len(plain) // IMAGES)
+    indices = range(0, len(plain), step)[:IMAGES]
+    title = (
+        f'fold {folds[0]} at {config.CROP_SIZE}: as it is, and AUGMENTATION={config.AUGMENTATION}'
+    )
+    fig, axes = plots.figure(1 + EPOCHS, len(indices), 2.4, 2.0, title)
+    for column, index in zip(axes.T, indices):
+        items = [plain[index], *(augmented[epoch, index] for epoch in range(EPOCHS))]
+        for row, (axis, item) in enumerate(zip(column, items)):
+            image = item['image'].permute(1, 2, 0).numpy()
+            picture = plots.overlay(image, item['mask'].numpy(), config.CLASSES, strength=0.35)
+            plots.show_image(axis, picture, f'epoch {row}' if row else item['img'])
+    plots.legend(fig, plots.class_legend(config.CLASSES))
+    file = plots.save(fig, config.path(config.OUTPUT) / 'test_dataset.png')
+    item = plain[0]
+    print(
+        f'{len(plain)} images; image {tuple(item["image"].shape)}, mask {tuple(item["mask"].shape)}'
+    )
+    print(f'classes in the first mask: {item["mask"].unique().tolist()}; {file}')
+    plots.show(file)
+
+
+if __name__ == '__main__':
+    command_line.run(main)

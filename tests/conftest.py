@@ -1,0 +1,98 @@
+"""Shared pieces: settings that are put back after each test, and a tiny data set like Carvana's."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import command_line
+import config
+
+SRC = Path(config.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def restore_config():
+    """Whatever a test sets in config.py, the next one meets the defaults."""
+    before = dict(vars(config))
+    yield
+    vars(config).update(before)
+
+
+def draw_ellipse(rng, height: int = 48, width: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """A bright ellipse on a dark, noisy ground: uint8 image (H, W, 3) and mask (H, W) of 0/1."""
+    y, x = np.mgrid[:height, :width]
+    centre, radii = rng.uniform(0.4, 0.6, 2), rng.uniform(0.2, 0.35, 2)
+    mask = ((y / height - centre[0]) / radii[0]) ** 2 + (
+        (x / width - centre[1]) / radii[1]
+    ) ** 2 < 1
+    image = np.where(mask[..., None], rng.uniform(150, 220, 3), rng.uniform(20, 80, 3))
+    return np.clip(image + rng.normal(0, 8, image.shape), 0, 255).astype(np.uint8), mask.astype(
+        'uint8'
+    )
+
+
+def save_mask_gif(file: Path, mask: np.ndarray) -> None:
+    """As Carvana's: palette indices 0 and 1, black and white."""
+    picture = Image.fromarray(mask, mode='L').convert('P')
+    picture.putdata(mask.ravel().tolist())
+    picture.putpalette([0, 0, 0, 255, 255, 255])
+    picture.save(file)
+
+
+def make_carvana(folder: Path, cars: int = 5, sides: int = 2, test: int = 2, size=(48, 64)) -> Path:
+    """A data set in the Carvana layout of `cars` times `sides` training images; returns `folder`."""
+    rng = np.random.default_rng(0)
+    for name in ('train_hq', 'train_masks', 'test_hq'):
+        (folder / name).mkdir(parents=True)
+    for car in range(cars):
+        for side in range(sides):
+            name = f'{car:012x}_{side + 1:02d}'
+            image, mask = draw_ellipse(rng, *size)
+            Image.fromarray(image).save(folder / 'train_hq' / f'{name}.jpg', quality=95)
+            save_mask_gif(folder / 'train_masks' / f'{name}_mask.gif', mask)
+    for car in range(test):
+        image, _ = draw_ellipse(rng, *size)
+        Image.fromarray(image).save(folder / 'test_hq' / f'{car + 100:012x}_01.jpg', quality=95)
+    return folder
+
+
+@pytest.fixture
+def carvana(tmp_path):
+    """A tiny data set and settings for it, in this process; returns the folder."""
+    make_carvana(tmp_path / 'input')
+    command_line.override(settings(tmp_path))
+    return tmp_path
+
+
+def settings(folder: Path) -> list[str]:
+    """NAME=value words for the tiny data set in `folder`/input: seconds, no download, no workers."""
+    return [
+        f'INPUT={folder}/input',
+        f'OUTPUT={folder}/output',
+        f'LOGS_PATH={folder}/logs',
+        'CROP_SIZE=32',
+        'MODEL_NAME=smp_unet_resnet18',
+        'ENCODER_WEIGHTS=None',
+        'ACCUMULATE_GRAD_BATCHES=1',
+        'EPOCHS=1',
+        'NUM_WORKERS=0',
+        'ACCELERATOR=cpu',
+    ]
+
+
+def run_script(
+    script: str, *words: str, timeout: int = 300, cwd=None
+) -> subprocess.CompletedProcess:
+    """Run a script of src/ as a user does, in a process of its own."""
+    command = [sys.executable, str(SRC / script), *map(str, words)]
+    environment = {**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=cwd
+    )

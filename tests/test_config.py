@@ -1,0 +1,160 @@
+"""config.py and its words: defaults, derived constants, checks, speed of a mistake."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import SRC, run_script
+
+import command_line
+import config
+
+CONTRACT = {
+    'INPUT': 'input',
+    'OUTPUT': 'output',
+    'LOGS_PATH': 'lightning_logs',
+    'TRAIN_PATH': 'input/train_hq',
+    'MASK_PATH': 'input/train_masks',
+    'TEST_PATH': 'input/test_hq',
+    'IMAGE_SUFFIX': '.jpg',
+    'MASK_SUFFIX': '_mask.gif',
+    'CROP_SIZE': 1024,
+    'CHANNELS': 3,
+    'CLASSES': 1,
+    'INPUT_SHAPE': (3, 1024, 1024),
+    'IGNORE_INDEX': None,
+    'N_FOLDS': 5,
+    'FOLDS': [0, 1, 2, 3, 4],
+    'MODEL_NAME': 'smp_unet_resnet34',
+    'ENCODER_WEIGHTS': 'imagenet',
+    'LOSS': 'IoULoss',
+    'LR': 0.001,
+    'EPOCHS': 7,
+    'TRAIN_BATCH_SIZE': 4,
+    'VAL_BATCH_SIZE': 4,
+    'ACCUMULATE_GRAD_BATCHES': 64,
+    'PRECISION': 16,
+    'SEED': 42,
+    'RESUME': False,
+    'ACCELERATOR': 'auto',
+    'DEVICES': 1,
+    'NUM_NODES': 1,
+    'STRATEGY': 'auto',
+    'COMPILE': False,
+    'PATH': None,
+    'TTA': False,
+    'THRESHOLD': None,
+    'SAVE_MASKS': False,
+}
+
+
+@pytest.mark.parametrize('name', CONTRACT)
+def test_defaults_are_the_originals(name):
+    assert getattr(config, name) == CONTRACT[name]
+
+
+def test_defaults_pass_their_own_checks():
+    command_line.check()
+
+
+def test_derived_constants_follow():
+    command_line.override(['INPUT=/data', 'CROP_SIZE=(320, 480)', 'CHANNELS=1', 'OUTPUT=out'])
+    assert config.TRAIN_PATH == '/data/train_hq'
+    assert config.TRAIN_FOLDS == 'out/train_folds.csv'
+    assert config.INPUT_SHAPE == (1, 320, 480)
+    assert config.crop_size() == (320, 480)
+
+
+def test_words_are_literals_or_text():
+    words = ['LR=1e-4', 'FOLDS=[0, 2]', 'PRECISION=bf16', 'GROUP_REGEX=None', 'INPUT=2018']
+    command_line.override(words)
+    values = config.LR, config.FOLDS, config.PRECISION, config.GROUP_REGEX, config.INPUT
+    assert values == (1e-4, [0, 2], 'bf16', None, '2018')
+
+
+def test_relative_paths_start_at_the_root():
+    assert config.path('input') == SRC.parent / 'input'
+    assert str(config.path('/data/x')) == '/data/x'
+
+
+def test_constants_are_plain_types():
+    plain = (str, int, float, bool, list, dict, type(None))
+    assert all(type(value) in plain for value in config.constants().values())
+
+
+@pytest.mark.parametrize(
+    ('word', 'message'),
+    [
+        ('EPOCH=1', 'EPOCHS'),
+        ('epochs=1', 'EPOCHS'),
+        ('EPOCHS', 'NAME=value'),
+        ('EPOCHS=0', 'whole number from 1'),
+        ('EPOCHS=2.5', 'whole number from 1'),
+        ('EPOCHS=True', 'whole number from 1'),
+        ('PRECISION=8', "16, 'bf16' or 32"),
+        ('PRECISION=16-mixed', "16, 'bf16' or 32"),
+        ('CROP_SIZE=(1, 2, 3)', 'height, width'),
+        ('CROP_SIZE=big', 'height, width'),
+        ('CLASSES=0', '1 to 255'),
+        ('FOLDS=[5]', 'N_FOLDS'),
+        ('FOLDS=[0, 0]', 'different'),
+        ('FOLDS=0', 'a list'),
+        ('LR=-1', 'above 0'),
+        ('TTA=1', 'True or False'),
+        ('THRESHOLD=1.5', 'between 0 and 1'),
+        ('GROUP_REGEX=abc', '(group)'),
+        ('GROUP_REGEX=(abc', '(group)'),
+        ('MODEL_MEAN=[0.5]', 'per channel'),
+        ('MODEL_STD=(1, 0, 1)', 'above 0'),
+        ('IGNORE_INDEX=256', '0 to 255'),
+        ('SEED=-1', '0 to 2**32'),
+        ('LOSS_ARGS=3', 'dictionary'),
+        ('AUGMENTATION=weak', 'original'),
+        ('DEVICES=0', 'devices'),
+        ('ENCODER_WEIGHTS=3', 'text or None'),
+    ],
+)
+def test_a_wrong_word_names_the_constant_and_what_is_legal(word, message):
+    with pytest.raises(config.UserMistake) as mistake:
+        command_line.override([word])
+        command_line.check()
+    assert message in str(mistake.value)
+    assert word.partition('=')[0] in str(mistake.value)
+    assert '\n' not in str(mistake.value)
+
+
+@pytest.mark.parametrize('script', ['folds.py', 'Lightning_trainer.py', 'Lightning_tester.py'])
+def test_a_mistake_ends_before_anything_slow_is_imported(script):
+    code = (
+        f'import sys, runpy; sys.argv = [{script!r}, "EPOCH=1"]\n'
+        f'sys.path.insert(0, {str(SRC)!r})\n'
+        'try:\n'
+        f'    runpy.run_path({str(SRC / script)!r}, run_name="__main__")\n'
+        'except SystemExit as end:\n'
+        '    print(end)\n'
+        'print([m for m in ("torch", "numpy", "pandas", "cv2") if m in sys.modules])\n'
+    )
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert 'did you mean EPOCHS' in result.stdout
+    assert result.stdout.endswith('[]\n')
+
+
+@pytest.mark.parametrize(
+    'script',
+    ['folds.py', 'Lightning_trainer.py', 'Lightning_tester.py', 'test_dataset.py', 'test_model.py',
+     'demo.py'],
+)  # fmt: skip
+def test_help_tells_what_is_read_written_and_used(script):
+    result = run_script(script, '--help')
+    assert result.returncode == 0, result.stderr
+    for word in ('Reads', 'Writes', 'Constants'):
+        assert word in result.stdout
+    assert 'TRAIN_PATH = ' in result.stdout or 'CROP_SIZE = ' in result.stdout
+
+
+def test_a_mistake_is_one_line_on_standard_error_with_status_1(tmp_path):
+    result = run_script('folds.py', f'INPUT={tmp_path}', cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stdout == ''
+    assert result.stderr.count('\n') == 1 and 'train_hq' in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,211 @@
+"""The three steps as a user runs them: processes, files, scores, interruptions."""
+
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import make_carvana, run_script, settings
+from PIL import Image
+from torch.nn import functional as F
+
+import command_line
+import config
+import folds
+import images
+from dataset import CarvanaDataset
+from Lightning_module import CarvanaModel
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A folder in which folds 0 and 1 were trained and tested by the scripts; with its words."""
+    folder = tmp_path_factory.mktemp('run')
+    make_carvana(folder / 'input', cars=6, sides=3, test=3)
+    words = [*settings(folder), 'N_FOLDS=3', 'FOLDS=[0, 1]', 'EPOCHS=10', 'LR=0.003']
+    results = {}
+    for script in ('folds.py', 'Lightning_trainer.py', 'Lightning_tester.py'):
+        results[script] = run_script(script, *words, cwd=folder)
+        assert results[script].returncode == 0, results[script].stderr
+    return folder, words, results
+
+
+def test_the_files_of_the_contract_are_there(trained):
+    folder, _, _ = trained
+    models = pd.read_csv(folder / 'output/models.csv')
+    assert list(models.columns) == ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']
+    assert models.fold.tolist() == [0, 1]
+    for row in models.itertuples():
+        version = folder / 'logs' / row.version
+        assert (folder / row.checkpoint).is_file()
+        for name in (
+            'checkpoints/last.ckpt',
+            'metrics.csv',
+            'curves.png',
+            'profile.txt',
+            'hparams.yaml',
+        ):
+            assert (version / name).stat().st_size > 0
+        assert list(version.glob('events.out.tfevents*'))
+        saved = yaml.safe_load((version / 'hparams.yaml').read_text())
+        assert set(config.constants()) < set(saved) and saved['val_folds'] == [row.fold]
+        history = pd.read_csv(version / 'metrics.csv')
+        assert history.val_dice.max() == pytest.approx(row.val_dice)
+        assert history.epoch.max() == 9
+    names = {file.name for file in (folder / 'output').iterdir()}
+    assert names == {
+        'train_folds.csv', 'models.csv', 'oof.csv', 'oof_worst.png', 'oof_histogram.png',
+        'submission.csv', 'test_samples.png'}  # fmt: skip
+
+
+def test_what_is_printed(trained):
+    _, _, results = trained
+    out = results['Lightning_trainer.py'].stdout
+    for text in ('12 images of 4 groups', '6 images of 2 groups', '32-true: float32: PRECISION=16 needs',
+                 'warning   only 3 optimizer steps', 'fold 1  epoch  10/10', 'peak memory',
+                 'val_dice ', 'over 2 folds'):  # fmt: skip
+        assert text in out
+    assert results['Lightning_trainer.py'].stderr == ''
+    assert results['Lightning_tester.py'].stderr == ''
+
+
+def test_the_folds_models_start_apart_and_differ(trained):
+    folder, _, _ = trained
+    models = pd.read_csv(folder / 'output/models.csv')
+    first, second = (
+        torch.load(folder / c, weights_only=True)['state_dict'] for c in models.checkpoint
+    )
+    assert not torch.equal(
+        first['model.encoder.conv1.weight'], second['model.encoder.conv1.weight']
+    )
+
+
+def test_out_of_fold_scores_can_be_recomputed(trained):
+    """From the checkpoints, image by image, by other code."""
+    folder, words, _ = trained
+    command_line.override(words)
+    table = pd.read_csv(folder / 'output/oof.csv', dtype={'img': str})
+    assert list(table.columns) == ['img', 'kfold', 'dice', 'iou']
+    assignment = folds.read_folds([0, 1])
+    assert dict(zip(table.img, table.kfold)) == dict(zip(assignment.img, assignment.kfold))
+    printed = [
+        line for line in trained[2]['Lightning_tester.py'].stdout.split('\n') if 'threshold' in line
+    ]
+    threshold = float(printed[0].split()[1].rstrip(':'))
+    for row in pd.read_csv(folder / 'output/models.csv').itertuples():
+        model = CarvanaModel.load_from_checkpoint(folder / row.checkpoint, weights_only=True).eval()
+        data = CarvanaDataset([row.fold])
+        for index, name in enumerate(data.names):
+            truth = np.array(Image.open(folds.files_of(name)[1]))
+            with torch.inference_mode():
+                p = model(data[index]['image'][None]).sigmoid()
+                full = F.interpolate(p, truth.shape, mode='bilinear', align_corners=False)[
+                    0, 0
+                ].numpy()
+            mask = full > threshold
+            both = (mask & (truth == 1)).sum()
+            found = table[table.img == name].iloc[0]
+            assert found.dice == pytest.approx(2 * both / (mask.sum() + truth.sum()), abs=1e-4)
+            assert found.iou == pytest.approx(both / (mask | (truth == 1)).sum(), abs=1e-4)
+
+
+def test_the_submission_decodes_to_masks_that_fit(trained):
+    folder, _, _ = trained
+    table = pd.read_csv(folder / 'output/submission.csv')
+    assert list(table.columns) == ['img', 'rle_mask']
+    assert table.img.tolist() == sorted(f.name for f in (folder / 'input/test_hq').iterdir())
+    for row in table.itertuples():
+        mask = images.rle_decode(row.rle_mask, (48, 64))
+        bright = np.array(Image.open(folder / 'input/test_hq' / row.img)).mean(2) > 115
+        assert 2 * (mask & bright).sum() / (mask.sum() + bright.sum()) > 0.7
+
+
+def test_a_checkpoint_and_a_folder_are_enough_to_predict(trained, tmp_path):
+    folder, words, _ = trained
+    checkpoint = folder / pd.read_csv(folder / 'output/models.csv').checkpoint[0]
+    given = [f'PATH={checkpoint}', f'TEST_PATH={folder}/input/test_hq', f'OUTPUT={tmp_path}/out']
+    given += [
+        f'INPUT={tmp_path}/nothing',
+        'NUM_WORKERS=0',
+        'SAVE_MASKS=True',
+        'TTA=True',
+        'THRESHOLD=0.4',
+    ]
+    result = run_script('Lightning_tester.py', *given, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert 'nothing to score' in result.stdout
+    table = pd.read_csv(tmp_path / 'out/submission.csv')
+    for row in table.itertuples():
+        png = np.array(Image.open(tmp_path / 'out/test_masks' / row.img.replace('.jpg', '.png')))
+        assert np.array_equal(png, 255 * images.rle_decode(row.rle_mask, (48, 64)))
+
+
+def test_no_test_folder_is_no_error(trained, tmp_path):
+    folder, words, _ = trained
+    result = run_script('Lightning_tester.py', *words, 'TEST_PATH=/none', f'OUTPUT={folder}/output')
+    assert result.returncode == 0 and 'nothing to predict' in result.stdout
+
+
+def test_sample_submission_gives_the_order(trained, tmp_path):
+    folder, words, _ = trained
+    names = sorted((f.name for f in (folder / 'input/test_hq').iterdir()), reverse=True)
+    (tmp_path / 'order.csv').write_text('img,rle_mask\n' + f'{names[0]},\n{names[2]},\ngone.jpg,\n')
+    result = run_script('Lightning_tester.py', *words, f'TEST_CSV={tmp_path}/order.csv')
+    assert result.returncode == 0, result.stderr
+    assert 'are not in' in result.stdout and 'gone' in result.stdout and names[1] in result.stdout
+    assert pd.read_csv(folder / 'output/submission.csv').img.tolist() == [names[0], names[2]]
+
+
+@pytest.mark.parametrize(
+    ('script', 'extra', 'message'),
+    [
+        ('Lightning_trainer.py', ['LOSS=IouLoss'], 'IoULoss'),
+        ('Lightning_trainer.py', ['MODEL_NAME=smp_unet_resnet17'], 'resnet18'),
+        ('Lightning_trainer.py', ['MODEL_NAME=smp_fpn_resnet18', 'CROP_SIZE=50'], 'CROP_SIZE=64'),
+        ('Lightning_trainer.py', ['OUTPUT={}/none'], 'run folds.py'),
+        ('Lightning_tester.py', ['OUTPUT={}/none'], 'run Lightning_trainer.py'),
+        ('Lightning_tester.py', ['PATH={}/none.ckpt'], 'no such checkpoint'),
+        ('Lightning_tester.py', ['PATH={}/input/train_hq/000000000000_01.jpg'], 'not a checkpoint'),
+    ],
+)
+def test_mistakes_end_with_one_line(trained, script, extra, message):
+    folder, words, _ = trained
+    result = run_script(script, *words, 'FOLDS=[0]', *(word.format(folder) for word in extra))
+    assert result.returncode == 1
+    assert message in result.stderr and 'Traceback' not in result.stderr
+    assert result.stderr.count('\n') == 1
+
+
+def test_a_broken_image_is_named_by_the_worker_that_meets_it(trained, tmp_path):
+    make_carvana(tmp_path / 'input', cars=6)
+    words = [*settings(tmp_path), 'N_FOLDS=3', 'FOLDS=[0]', 'NUM_WORKERS=2']
+    run_script('folds.py', *words)
+    bad = next((tmp_path / 'input/train_masks').iterdir())
+    time = bad.stat().st_mtime
+    Image.fromarray(np.full((48, 64), 7, np.uint8)).save(bad)
+    os.utime(bad, (time, time))
+    result = run_script('Lightning_trainer.py', *words)
+    assert result.returncode == 1
+    assert result.stderr.count('\n') == 1 and f'{bad.name}: mask values 7' in result.stderr
+    assert not (tmp_path / 'output/models.csv').exists()
+
+
+def test_looking_at_data_and_model(trained):
+    folder, words, _ = trained
+    result = run_script('test_dataset.py', *words)
+    assert result.returncode == 0, result.stderr
+    assert (folder / 'output/test_dataset.png').stat().st_size > 10_000
+    (folder / 'output/test_dataset.png').unlink()
+    result = run_script('test_model.py', *words)
+    assert result.returncode == 0, result.stderr
+    assert '14.33 M parameters' in result.stdout
+
+
+def test_nothing_is_written_under_input(trained):
+    folder, _, _ = trained
+    files = {
+        str(f.relative_to(folder / 'input')).split('/')[0] for f in (folder / 'input').rglob('*')
+    }
+    assert files == {'train_hq', 'train_masks', 'test_hq'}
