@@ -23,14 +23,14 @@ from pathlib import Path
 import config
 
 SETTINGS = {
-    'MODEL_NAME': 'smp_linknet_resnet18',
+    'MODEL_NAME': 'smp_linknet_tu-regnetx_002',
     'ENCODER_WEIGHTS': None,
-    'CROP_SIZE': (96, 160),
+    'CROP_SIZE': (128, 192),
     'N_FOLDS': 3,
     'FOLDS': [0, 1, 2],
     'AUGMENTATION': 'flip',
-    'EPOCHS': 8,
-    'LR': 0.0015,
+    'EPOCHS': 5,
+    'LR': 0.002,
     'ACCUMULATE_GRAD_BATCHES': 1,
     'CACHE': True,
 }
@@ -39,7 +39,7 @@ STEPS = ('folds.py', 'Lightning_trainer.py', 'Lightning_tester.py')
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument('--cars', type=int, default=12)
+    parser.add_argument('--cars', type=int, default=18)
     parser.add_argument('--test-cars', type=int, default=2)
     parser.add_argument('--size', type=size, default=(480, 320))
     parser.add_argument('--folder', default=None)

@@ -36,7 +36,7 @@ MIRRORED = [-0.6, -0.05, 0.03, 0.3, 0.6, 0.8, 1], [0.3, 0.5, 0.25, 0.7, 0.7, 1.3
 def make_car(car: int, seed: int = 42) -> SimpleNamespace:
     """Shape and colours of car number `car` and of its studio, the same from every side.
 
-    The kinds take turns; every fourth car is about as pale as the studio.
+    The kinds take turns; every sixth car is about as pale as the studio.
     """
     rng = np.random.default_rng([seed, car])
     kind = list(KINDS)[car % len(KINDS)]
@@ -44,7 +44,7 @@ def make_car(car: int, seed: int = 42) -> SimpleNamespace:
     look.half, look.wide = look.length / 2 * rng.uniform(0.96, 1.04), rng.uniform(0.88, 0.96)
     look.height *= rng.uniform(0.97, 1.03)
     look.wheel *= rng.uniform(0.96, 1.04)
-    paint = PALE[car % 3] if car % 4 == 1 else STRONG[(car + seed) % 8]
+    paint = PALE[car // 6 % 3] if car % 6 == 1 else STRONG[(car + seed) % 8]
     look.paint = np.clip(paint + rng.uniform(-0.02, 0.02, 3), 0.03, 0.88)
     look.glass = np.array([0.07, 0.09, 0.10]) * rng.uniform(0.5, 1.8)
     look.gloss, look.spokes = rng.uniform(0.15, 0.35), rng.integers(5, 11)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, BLACK = (
     '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000',
 )  # fmt: skip
-CLASS_COLOURS = [BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, '#999999']
+CLASS_COLOURS = [GREEN, ORANGE, PINK, SKY, YELLOW, BLUE, RED, '#999999']
 MISSED, ADDED = BLUE, RED  # foreground not found; background taken for it
 
 
