@@ -233,7 +233,7 @@ def predict_test(models: dict[int, CarvanaModel], threshold: float) -> None:
         print(f'no images *{config.IMAGE_SUFFIX} in {folder}: nothing to predict')
         return
     for file in tqdm(files, 'checking headers', disable=None, leave=False):
-        images.header(file)
+        images.check_header(file)
     runner = predictor.Predictor(models, [threshold], config.TTA)
     masks = output / 'test_masks'
     classes = next(iter(models.values())).hparams.CLASSES

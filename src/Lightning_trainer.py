@@ -22,6 +22,7 @@ if __name__ == '__main__':
     command_line.start(__doc__)
 
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -40,9 +41,15 @@ def train_all() -> None:
     start = time.monotonic()
     for fold in config.FOLDS:
         words = [word for word in sys.argv[1:] if not word.startswith('FOLDS=')]
-        status = subprocess.run([sys.executable, __file__, *words, f'FOLDS=[{fold}]']).returncode
+        child = subprocess.Popen([sys.executable, __file__, *words, f'FOLDS=[{fold}]'])
+        # Ctrl-C reaches the child by itself; SIGTERM is sent to one process and passed on here.
+        signal.signal(signal.SIGTERM, lambda *_, child=child: child.terminate())
+        try:
+            status = child.wait()
+        except KeyboardInterrupt:
+            status = child.wait()
         if status:
-            sys.exit(status)
+            sys.exit(status if status > 0 else 128 - status)
     import runtime
 
     models = read_models()
@@ -68,43 +75,89 @@ def train_fold(fold: int) -> None:
 
     start = time.monotonic()
     runtime.silence()
+    last = last_checkpoint(fold) if config.RESUME else None
+    if last is not None and last['epoch'] + 1 >= config.EPOCHS:
+        enter_model(fold, last['folder'], last['best'])
+        print(f'fold {fold} has its {config.EPOCHS} epochs: {runtime.relative(last["folder"])}')
+        return
     others = [k for k in range(config.N_FOLDS) if k != fold]
     pl.seed_everything(config.SEED + fold, workers=True, verbose=False)
-    model = CarvanaModel(others, [fold])
+    model = CarvanaModel(others, [fold], pretrained=last is None)
     decoders.check_size(model.model, config.crop_size())
-    trainer = make_trainer(fold)
+    trainer = make_trainer(fold, last)
     if trainer.is_global_zero:
         print_start(fold, model, trainer)
-    trainer.fit(model)
+    trainer.fit(model, ckpt_path=last['file'] if last else None, weights_only=True)
     if trainer.is_global_zero:
         finish(fold, trainer, time.monotonic() - start)
 
 
+# What a resumed run may change: how fast it goes, where things are, and what the tester does.
+MAY_CHANGE = {
+    'INPUT', 'OUTPUT', 'LOGS_PATH', 'TRAIN_PATH', 'MASK_PATH', 'TEST_PATH', 'TRAIN_CSV', 'TEST_CSV',
+    'TRAIN_FOLDS', 'PATH', 'ENCODER_WEIGHTS', 'FOLDS', 'EPOCHS', 'NUM_WORKERS', 'CACHE', 'RESUME',
+    'ACCELERATOR', 'DEVICES', 'NUM_NODES', 'STRATEGY', 'COMPILE', 'VAL_BATCH_SIZE', 'TTA', 'THRESHOLD',
+    'SAVE_MASKS',
+}  # fmt: skip
+
+
+def last_checkpoint(fold: int) -> dict | None:
+    """The last.ckpt of a fold's newest run: its file, folder, epoch (from 0) and best checkpoint.
+
+    Raises config.UserMistake where that run had other constants than those that may change.
+    """
+    import torch
+
+    runs = config.path(config.LOGS_PATH).glob('version_*/checkpoints/last.ckpt')
+    for file in sorted(runs, key=lambda f: int(f.parts[-3].split('_')[1]), reverse=True):
+        saved = torch.load(file, map_location='cpu', weights_only=True)
+        constants = saved['hyper_parameters']
+        if constants['val_folds'] != [fold]:
+            continue
+        now = config.constants()
+        differ = [n for n in now if n not in MAY_CHANGE and constants.get(n, now[n]) != now[n]]
+        if constants['EPOCHS'] > config.EPOCHS:
+            differ.append('EPOCHS')
+        if differ:
+            was = ', '.join(f'{name}={constants[name]}' for name in differ)
+            raise config.UserMistake(
+                f'RESUME=True: {file.parent.parent.name} was begun with {was}: set the same, or '
+                'RESUME=False to start anew'
+            )
+        (best,) = (v for k, v in saved['callbacks'].items() if k.startswith('ModelCheckpoint'))
+        folder = file.parent.parent
+        best = file.with_name(Path(best['best_model_path']).name)
+        return {'file': file, 'folder': folder, 'epoch': saved['epoch'], 'best': best}
+    return None
+
+
 def finish(fold: int, trainer, seconds: float) -> None:
     """Write curves, profile and models.csv; say how the fold went and where things are."""
-    import pandas as pd
-
     import plots
     import runtime
 
     folder = Path(trainer.logger.log_dir)
-    best = trainer.checkpoint_callback
     (folder / 'profile.txt').write_text(trainer.profiler.summary())
-    history = pd.read_csv(folder / 'metrics.csv')
     title = f'fold {fold}: {config.MODEL_NAME}, {config.LOSS}, precision {trainer.precision}'
-    plots.save(plots.curves(history, title), folder / 'curves.png')
-    row = history[history.val_dice.notna()].sort_values('val_dice').iloc[-1]
-    checkpoint = runtime.relative(Path(best.best_model_path))
-    enter_model(fold, folder.name, checkpoint, float(row.val_dice), float(row.val_iou))
+    plots.save(plots.curves(read_history(folder), title), folder / 'curves.png')
+    best = Path(trainer.checkpoint_callback.best_model_path)
+    row = enter_model(fold, folder, best)
     print(
         f'fold {fold}: best val_dice {row.val_dice:.4f} in epoch {int(row.epoch) + 1}, '
-        f'{seconds / 60:.1f} minutes, peak memory {runtime.peak_memory()}, {checkpoint}',
+        f'{seconds / 60:.1f} minutes, peak memory {runtime.peak_memory()}, {runtime.relative(best)}',
         flush=True,
     )
 
 
-def make_trainer(fold: int):
-    """Lightning's Trainer for one fold, logging into a new LOGS_PATH/version_#."""
+def read_history(folder: Path):
+    """A run's metrics.csv: a row for each epoch's training and one for its validation."""
+    import pandas as pd
+
+    return pd.read_csv(folder / 'metrics.csv')
+
+
+def make_trainer(fold: int, last: dict | None):
+    """Lightning's Trainer for one fold, logging into a new LOGS_PATH/version_#, or that of `last`."""
     import pytorch_lightning as pl
     import torch
     from pytorch_lightning.callbacks import ModelCheckpoint
@@ -115,8 +168,15 @@ def make_trainer(fold: int):
 
     torch.set_float32_matmul_precision('high')  # TF32 on the GPUs that have it
     logs = config.path(config.LOGS_PATH)
-    logger = TensorBoardLogger(logs, name='', default_hp_metric=False)
+    version = last['folder'].name if last else None
+    logger = TensorBoardLogger(logs, name='', version=version, default_hp_metric=False)
     table = CSVLogger(logs, name='', version=logger.version)
+    if last:
+        history = read_history(last['folder'])
+        history = history[history.epoch <= last['epoch']]
+        writer = table.experiment  # which removes metrics.csv, and does not know its columns
+        history.to_csv(writer.metrics_file_path, index=False)
+        writer.metrics_keys = list(history.columns)
     checkpoints = ModelCheckpoint(
         filename='{epoch}-{val_dice:.4f}',
         monitor='val_dice',
@@ -188,18 +248,24 @@ def read_models():
     return table.astype({'fold': int, 'val_dice': float, 'val_iou': float})
 
 
-def enter_model(fold: int, version: str, checkpoint: str, val_dice: float, val_iou: float) -> None:
-    """Put a fold's best model in models.csv, in place of an older run's."""
+def enter_model(fold: int, folder: Path, checkpoint: Path):
+    """Put a run's best checkpoint in models.csv, in place of an older run's; returns its epoch's row
+    of metrics.csv."""
     import pandas as pd
 
     import folds
+    import runtime
 
-    row = pd.DataFrame([[fold, version, checkpoint, val_dice, val_iou]])
-    row.columns = ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']
+    history = read_history(folder)
+    best = history[history.val_dice.notna()].sort_values('val_dice', kind='stable').iloc[-1]
+    columns = ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']
+    values = [fold, folder.name, runtime.relative(checkpoint), best.val_dice, best.val_iou]
+    table = pd.DataFrame([values], columns=columns)
     if models_file().exists():
         older = read_models()
-        row = pd.concat([older[older.fold != fold], row])
-    folds.write_table(row.sort_values('fold'), models_file())
+        table = pd.concat([older[older.fold != fold], table])
+    folds.write_table(table.sort_values('fold'), models_file())
+    return best
 
 
 if __name__ == '__main__':

@@ -25,11 +25,11 @@ import config
 SETTINGS = {
     'MODEL_NAME': 'smp_linknet_tu-regnetx_002',
     'ENCODER_WEIGHTS': None,
-    'CROP_SIZE': (128, 192),
+    'CROP_SIZE': (96, 160),
     'N_FOLDS': 3,
     'FOLDS': [0, 1, 2],
     'AUGMENTATION': 'flip',
-    'EPOCHS': 5,
+    'EPOCHS': 9,
     'LR': 0.002,
     'ACCUMULATE_GRAD_BATCHES': 1,
     'CACHE': True,
@@ -72,12 +72,18 @@ def main() -> None:
     given = OPTIONS
     folder = config.path(given.folder or f'{config.INPUT}/demo')
     demo_cars.make_dataset(folder, given.cars, given.test_cars, given.size, config.SEED)
-    print(f'{given.cars} cars and {given.test_cars} unseen ones from 16 sides in {folder}', flush=True)
+    print(
+        f'{given.cars} cars and {given.test_cars} unseen ones from 16 sides in {folder}', flush=True
+    )
     if given.only_draw:
         return
     words = [f'{name}={value}' for name, value in SETTINGS.items()]
     words += given.words
-    words += [f'INPUT={folder}', f'OUTPUT={config.OUTPUT}/demo', f'LOGS_PATH={config.LOGS_PATH}/demo']
+    words += [
+        f'INPUT={folder}',
+        f'OUTPUT={config.OUTPUT}/demo',
+        f'LOGS_PATH={config.LOGS_PATH}/demo',
+    ]
     for step in STEPS:
         print(f'\n--- python {step}', flush=True)
         script = Path(__file__).with_name(step)
@@ -85,7 +91,9 @@ def main() -> None:
         if status:
             sys.exit(status)
     minutes = (time.monotonic() - start) / 60
-    print(f'\n{minutes:.1f} minutes; pictures in {config.OUTPUT}/demo: oof_worst.png, test_samples.png')
+    print(
+        f'\n{minutes:.1f} minutes; pictures in {config.OUTPUT}/demo: oof_worst.png, test_samples.png'
+    )
 
 
 if __name__ == '__main__':

@@ -47,6 +47,22 @@ def header(file) -> tuple[str, tuple[int, int]]:
         raise broken(file, error) from None
 
 
+def too_deep(file, mode: str) -> config.UserMistake:
+    """The mistake to raise for an image whose pixels do not fit into 8 bits per channel."""
+    return config.UserMistake(
+        f'{file}: {mode} pixels have more than 8 bits: which of them hold the picture is yours to '
+        'say, save it with 8 bits per channel'
+    )
+
+
+def check_header(file) -> tuple[int, int]:
+    """(height, width) of an image that read_image will take; or a config.UserMistake."""
+    mode, size = header(file)
+    if mode not in PLAIN_MODES:
+        raise too_deep(file, mode)
+    return size
+
+
 def read_image(file, channels: int = 3, sizes: tuple = ()) -> list[np.ndarray]:
     """Decode an image file once, as viewers show it (EXIF rotation applied, alpha left out).
 
@@ -63,10 +79,7 @@ def read_image(file, channels: int = 3, sizes: tuple = ()) -> list[np.ndarray]:
         data = Path(file).read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             if image.mode not in PLAIN_MODES:
-                raise config.UserMistake(
-                    f'{file}: {image.mode} pixels have more than 8 bits: which of them hold the '
-                    'picture is yours to say, save it with 8 bits per channel'
-                )
+                raise too_deep(file, image.mode)
             whole = data.endswith(ENDINGS['JPEG'])  # or OpenCV fills what is missing with grey
             if image.format == 'JPEG' and image.mode in ('RGB', 'L') and whole:
                 pixels = decode_jpeg(data, channels, reduction(image, sizes))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import config
 
@@ -69,6 +70,13 @@ class EpochLines(Callback):
 
     def on_train_epoch_start(self, trainer, module) -> None:
         self.start = time.monotonic()
+
+    def on_exception(self, trainer, module, exception) -> None:
+        stopped = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
+        if stopped and trainer.is_global_zero:
+            score = trainer.checkpoint_callback.best_model_score
+            best = 'before its first epoch ended' if score is None else f'at val_dice {score:.4f}'
+            print(f'fold {self.fold} was stopped {best}; RESUME=True goes on from here', flush=True)
 
     def on_train_epoch_end(self, trainer, module) -> None:
         if trainer.is_global_zero:

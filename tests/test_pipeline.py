@@ -165,6 +165,7 @@ def test_sample_submission_gives_the_order(trained, tmp_path):
         ('Lightning_trainer.py', ['MODEL_NAME=smp_unet_resnet17'], 'resnet18'),
         ('Lightning_trainer.py', ['MODEL_NAME=smp_fpn_resnet18', 'CROP_SIZE=50'], 'CROP_SIZE=64'),
         ('Lightning_trainer.py', ['OUTPUT={}/none'], 'run folds.py'),
+        ('Lightning_trainer.py', ['LR=1e38', 'EPOCHS=3'], 'the loss is nan in epoch'),
         ('Lightning_tester.py', ['OUTPUT={}/none'], 'run Lightning_trainer.py'),
         ('Lightning_tester.py', ['PATH={}/none.ckpt'], 'no such checkpoint'),
         ('Lightning_tester.py', ['PATH={}/input/train_hq/000000000000_01.jpg'], 'not a checkpoint'),

@@ -1,0 +1,151 @@
+"""The tester's parts in this process: what it predicts, what it refuses."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import draw_ellipse, settings
+from PIL import Image
+
+import command_line
+import config
+import images
+import Lightning_tester
+import predictor
+from dataset import ImageFiles
+from Lightning_module import CarvanaModel
+
+
+@pytest.fixture
+def model(tmp_path):
+    command_line.override([*settings(tmp_path), 'IMAGE_SUFFIX=.png', f'TEST_PATH={tmp_path}/test'])
+    torch.manual_seed(0)
+    (tmp_path / 'test').mkdir()
+    return CarvanaModel([1], [0]).eval()
+
+
+def submission(model):
+    Lightning_tester.predict_test({0: model}, 0.5)
+    table = pd.read_csv(config.path(config.OUTPUT) / 'submission.csv', keep_default_na=False)
+    return dict(zip(table.img, table.rle_mask))
+
+
+def test_images_of_every_kind_give_the_right_answer(model, tmp_path):
+    """Each as the RGB picture that a viewer shows."""
+    colours, _ = draw_ellipse(np.random.default_rng(3))
+    picture, test = Image.fromarray(colours), tmp_path / 'test'
+    picture.save(test / 'rgb.png')
+    picture.convert('RGBA').save(test / 'rgba.png')
+    picture.convert('L').save(test / 'grey.png')
+    picture.convert('L').convert('RGB').save(test / 'grey_rgb.png')
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = 6
+    picture.transpose(Image.Transpose.ROTATE_90).save(test / 'turned.png', exif=exif)
+    rows = submission(model)
+    assert rows['rgb.png'] and rows['rgb.png'] == rows['rgba.png'] == rows['turned.png']
+    assert rows['grey.png'] == rows['grey_rgb.png'] != rows['rgb.png']
+    assert images.rle_decode(rows['turned.png'], (48, 64)).any()
+
+
+def test_images_of_different_sizes_share_a_batch(model, tmp_path):
+    for number, size in enumerate([(40, 60), (61, 33), (32, 32)]):
+        Image.fromarray(draw_ellipse(np.random.default_rng(1), *size)[0]).save(
+            tmp_path / f'test/{number}.png'
+        )
+    rows = submission(model)
+    for number, size in enumerate([(40, 60), (61, 33), (32, 32)]):
+        mask = images.rle_decode(rows[f'{number}.png'], size)
+        alone = Lightning_tester.predict_one(model, tmp_path / f'test/{number}.png', 0.5)
+        assert np.array_equal(mask, alone)
+
+
+@pytest.mark.parametrize('kind', ['truncated', 'empty', 'text', 'deep'])
+def test_a_bad_image_is_named_before_anything_is_predicted(model, tmp_path, kind):
+    colours, _ = draw_ellipse(np.random.default_rng(3))
+    bad = tmp_path / 'test/bad.png'
+    for name in ('a.png', 'bad.png', 'c.png'):
+        Image.fromarray(colours).save(tmp_path / 'test' / name)
+    if kind == 'deep':
+        Image.fromarray(colours[..., 0].astype(np.uint16) * 200).save(bad)
+    else:
+        data = {'truncated': bad.read_bytes()[:-200], 'empty': b'', 'text': b'hello'}
+        bad.write_bytes(data[kind])
+    with pytest.raises(config.UserMistake, match=r'bad\.png'):
+        submission(model)
+    assert not config.path(config.OUTPUT).exists() or not list(config.path(config.OUTPUT).iterdir())
+
+
+def test_an_empty_mask_is_an_empty_cell(model, tmp_path):
+    Image.new('RGB', (64, 48)).save(tmp_path / 'test/a.png')
+    Lightning_tester.predict_test({0: model}, 1.0)
+    assert (tmp_path / 'output/submission.csv').read_text() == 'img,rle_mask\na.png,\n'
+
+
+def test_probabilities_are_averaged_before_the_threshold_and_mirrored(model, tmp_path):
+    other = CarvanaModel([0], [1]).eval()
+    file = tmp_path / 'test/a.png'
+    Image.fromarray(draw_ellipse(np.random.default_rng(3))[0]).save(file)
+    runner = predictor.Predictor({0: model, 1: other}, [0.5], mirrored=True)
+    from dataset import collate_files
+
+    batch = collate_files([ImageFiles([file], runner.inputs)[0]])
+    x = batch['images'][0]
+    with torch.inference_mode():
+        (p,) = runner.probabilities(batch, list(runner.models))
+        parts = [m(x).sigmoid() for m in (model, other)]
+        parts += [m(x.flip(-1)).sigmoid().flip(-1) for m in (model, other)]
+        expected = torch.nn.functional.interpolate(sum(parts) / 4, (48, 64), mode='bilinear')
+    assert torch.allclose(p, expected, atol=1e-6)
+
+
+def test_counts_at_many_thresholds_agree_with_each_by_itself():
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(1, 1, 30, 40, generator=generator).round(decimals=2)  # some on the thresholds
+    mask = torch.randint(0, 2, (30, 40), generator=generator).to(torch.uint8)
+    mask[:3] = 255
+    runner = predictor.Predictor({}, predictor.GRID)
+    counts = runner.counts(p, mask, 255)
+    for row, threshold in zip(counts, torch.tensor(predictor.GRID)):
+        positive, valid = (p[0, 0] > threshold) & (mask != 255), mask == 1
+        expected = [(positive & valid).sum(), (positive & ~valid).sum(), (~positive & valid).sum()]
+        assert row[:, 0].tolist() == [int(x) for x in expected]
+
+
+def save_checkpoint(file, **constants):
+    model = CarvanaModel([1], [0], pretrained=False, **constants)
+    saved = {'state_dict': model.state_dict(), 'hyper_parameters': dict(model.hparams)}
+    torch.save({**saved, 'pytorch-lightning_version': '2.6.0'}, file)
+
+
+def test_models_that_disagree_in_classes_are_refused_with_both_names(model, tmp_path):
+    save_checkpoint(tmp_path / 'one.ckpt')
+    save_checkpoint(tmp_path / 'three.ckpt', CLASSES=3)
+    (tmp_path / 'output').mkdir()
+    rows = [
+        f'{fold},v,{tmp_path}/{name}.ckpt,0.9,0.8' for fold, name in enumerate(['one', 'three'])
+    ]
+    header = 'fold,version,checkpoint,val_dice,val_iou'
+    (tmp_path / 'output/models.csv').write_text('\n'.join([header, *rows]) + '\n')
+    with pytest.raises(
+        config.UserMistake, match=r'one\.ckpt has CLASSES=1.*three\.ckpt has CLASSES=3'
+    ):
+        Lightning_tester.load_models()
+
+
+def test_models_may_differ_in_size(model, tmp_path):
+    Image.fromarray(draw_ellipse(np.random.default_rng(3))[0]).save(tmp_path / 'test/a.png')
+    other = CarvanaModel([0], [1], CROP_SIZE=[64, 32], MODEL_NAME='smp_fpn_resnet18').eval()
+    Lightning_tester.predict_test({0: model, 1: other}, 0.5)
+    assert (tmp_path / 'output/submission.csv').read_text().startswith('img,rle_mask\na.png,')
+
+
+class Evil:
+    def __reduce__(self):
+        return exec, ('raise AssertionError("code in a pickle was run")',)
+
+
+def test_code_in_a_checkpoint_is_never_run(model, tmp_path):
+    torch.save({'state_dict': Evil()}, tmp_path / 'evil.ckpt')
+    config.PATH = str(tmp_path / 'evil.ckpt')
+    with pytest.raises(config.UserMistake, match=r'evil\.ckpt: not a checkpoint'):
+        Lightning_tester.load_models()
