@@ -99,9 +99,13 @@ class CarvanaModel(pl.LightningModule):
                     f'{", ".join(batch)}: try {advice}. The last good checkpoint stays'
                 )
 
+    def on_train_batch_start(self, batch: dict, batch_index: int) -> None:
+        # Dropout then is a function of the epoch as well: a resumed run repeats it. Not earlier, as
+        # the start of an epoch draws from the same generator, a resumed one's in another place.
+        if batch_index == 0:
+            torch.manual_seed(self.hparams.SEED + 1000 * self.current_epoch + self.global_rank)
+
     def on_train_epoch_start(self) -> None:
-        # Dropout then is a function of the epoch as well: a resumed run repeats it.
-        torch.manual_seed(self.hparams.SEED + 1000 * self.current_epoch + self.global_rank)
         self.log('lr', self.optimizers().param_groups[0]['lr'])
 
     def on_validation_start(self) -> None:

@@ -68,6 +68,7 @@ def train_fold(fold: int) -> None:
 
     folds.check_up_to_date()
     import pytorch_lightning as pl
+    from pytorch_lightning.utilities.exceptions import SIGTERMException
 
     import decoders
     import runtime
@@ -87,7 +88,10 @@ def train_fold(fold: int) -> None:
     trainer = make_trainer(fold, last)
     if trainer.is_global_zero:
         print_start(fold, model, trainer)
-    trainer.fit(model, ckpt_path=last['file'] if last else None, weights_only=True)
+    try:
+        trainer.fit(model, ckpt_path=last['file'] if last else None, weights_only=True)
+    except SIGTERMException:  # which would end this process with status 0
+        sys.exit(128 + signal.SIGTERM)
     if trainer.is_global_zero:
         finish(fold, trainer, time.monotonic() - start)
 
@@ -225,7 +229,7 @@ def print_start(fold: int, model, trainer) -> None:
         'logs': runtime.relative(Path(trainer.logger.log_dir)),
     }
     print('\n'.join(f'{key:10s}{value}' for key, value in lines.items()), flush=True)
-    if steps < 10:
+    if steps < 10 and config.ACCUMULATE_GRAD_BATCHES > 1:
         fitting = max(1, batches // 10)
         print(
             f'warning   only {steps} optimizer steps per epoch: ACCUMULATE_GRAD_BATCHES='
@@ -257,7 +261,7 @@ def enter_model(fold: int, folder: Path, checkpoint: Path):
     import runtime
 
     history = read_history(folder)
-    best = history[history.val_dice.notna()].sort_values('val_dice', kind='stable').iloc[-1]
+    best = history.loc[history.val_dice.idxmax()]  # the first of equals, as ModelCheckpoint has it
     columns = ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']
     values = [fold, folder.name, runtime.relative(checkpoint), best.val_dice, best.val_iou]
     table = pd.DataFrame([values], columns=columns)

@@ -87,12 +87,16 @@ def settings(folder: Path) -> list[str]:
     ]
 
 
+def environment() -> dict:
+    """Of a script's process: no model hub, one thread."""
+    return {**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
+
+
 def run_script(
     script: str, *words: str, timeout: int = 300, cwd=None
 ) -> subprocess.CompletedProcess:
     """Run a script of src/ as a user does, in a process of its own."""
     command = [sys.executable, str(SRC / script), *map(str, words)]
-    environment = {**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=cwd
+        command, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=cwd
     )

@@ -30,8 +30,10 @@ def test_the_originals_names_are_there(name):
     assert callable(model_dispatcher.MODELS[name])
 
 
-@pytest.mark.parametrize('name', [ORIGINALS[0], ORIGINALS[3], ORIGINALS[6], 'smp_fpn_tu-resnet18'])
-@pytest.mark.parametrize('classes', [1, 3])
+@pytest.mark.parametrize(
+    ('name', 'classes'),
+    [(ORIGINALS[0], 1), (ORIGINALS[3], 1), (ORIGINALS[6], 1), ('smp_fpn_tu-resnet18', 3)],
+)
 def test_models_end_in_logits(name, classes):
     model = model_dispatcher.build_model(name, classes=classes).eval()
     with torch.inference_mode():

@@ -8,16 +8,17 @@ import time
 import pandas as pd
 import pytest
 import torch
-from conftest import SRC, make_carvana, run_script, settings
+from conftest import SRC, environment, make_carvana, run_script, settings
 from PIL import Image
 
-SETTINGS = ['N_FOLDS=3', 'FOLDS=[0, 1]', 'EPOCHS=3', 'MODEL_NAME=smp_fpn_resnet18', 'NUM_WORKERS=0']
+SETTINGS = ['N_FOLDS=3', 'FOLDS=[0]', 'EPOCHS=3', 'MODEL_NAME=smp_fpn_resnet18', 'NUM_WORKERS=0']
 
 
 def start(folder, script, *words):
     command = [sys.executable, str(SRC / script), *words]
     out = (folder / 'log.txt').open('a')
-    return subprocess.Popen(command, stdout=out, stderr=out)
+    # As many threads as in run_script: sums in another order differ in their last bits.
+    return subprocess.Popen(command, stdout=out, stderr=out, env=environment())
 
 
 @pytest.fixture(scope='module')
@@ -47,7 +48,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(undisturbed, tm
     make_carvana(tmp_path / 'input', cars=6)
     words = [*settings(tmp_path), *SETTINGS, 'RESUME=True']
     assert run_script('folds.py', *words).returncode == 0
-    waits = [9.0, 12.0, 10.5, 14.0]
+    waits = [9.0, 11.0]
     for wait in waits:
         process = start(tmp_path, 'Lightning_trainer.py', *words)
         time.sleep(wait)
@@ -70,7 +71,7 @@ def test_finished_folds_are_left_alone_and_other_constants_refused(undisturbed):
     folder, words = undisturbed
     before = (folder / 'output/models.csv').read_bytes()
     result = run_script('Lightning_trainer.py', *words, 'RESUME=True')
-    assert result.returncode == 0 and result.stdout.count('has its 3 epochs') == 2
+    assert result.returncode == 0 and result.stdout.count('has its 3 epochs') == 1
     assert (folder / 'output/models.csv').read_bytes() == before
     result = run_script('Lightning_trainer.py', *words, 'RESUME=True', 'LR=0.5', 'LOSS=CE')
     assert result.returncode == 1 and 'Traceback' not in result.stderr
@@ -79,14 +80,14 @@ def test_finished_folds_are_left_alone_and_other_constants_refused(undisturbed):
 
 def test_more_epochs_go_on_from_the_last(undisturbed, tmp_path):
     folder, words = undisturbed
-    result = run_script('Lightning_trainer.py', *words, 'RESUME=True', 'FOLDS=[0]', 'EPOCHS=4')
+    result = run_script('Lightning_trainer.py', *words, 'RESUME=True', 'EPOCHS=4')
     assert result.returncode == 0, result.stderr
     assert 'epoch   4/4' in result.stdout and 'epoch   3/4' not in result.stdout
 
 
 def test_sigterm_ends_tidily(undisturbed, tmp_path):
     make_carvana(tmp_path / 'input', cars=6)
-    words = [*settings(tmp_path), *SETTINGS, 'EPOCHS=500']
+    words = [*settings(tmp_path), *SETTINGS, 'EPOCHS=500', 'FOLDS=[0, 1]']
     assert run_script('folds.py', *words).returncode == 0
     process = start(tmp_path, 'Lightning_trainer.py', *words)
     for _ in range(600):
@@ -94,7 +95,7 @@ def test_sigterm_ends_tidily(undisturbed, tmp_path):
         if 'epoch   1/500' in (tmp_path / 'log.txt').read_text():
             break
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) != 0
+    assert process.wait(60) == 143
     log = (tmp_path / 'log.txt').read_text()
     assert 'was stopped at val_dice' in log and 'RESUME=True' in log and 'Traceback' not in log
 
@@ -113,7 +114,7 @@ def test_a_killed_tester_goes_on_to_the_same_bytes(undisturbed, tmp_path):
     assert whole.returncode == 0, whole.stderr
     killed = [*given, f'OUTPUT={tmp_path}/killed', 'RESUME=True']
     part = tmp_path / 'killed/submission.csv.part0'
-    for lines in (10, 60, 100):
+    for lines in (10, 80):
         process = start(tmp_path, 'Lightning_tester.py', *killed)
         for _ in range(600):
             time.sleep(0.05)

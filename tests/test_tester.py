@@ -59,6 +59,34 @@ def test_images_of_different_sizes_share_a_batch(model, tmp_path):
         assert np.array_equal(mask, alone)
 
 
+def test_no_images_to_predict_is_no_error(model, tmp_path, capsys):
+    for folder in (tmp_path / 'test', tmp_path / 'none'):
+        config.TEST_PATH = str(folder)
+        Lightning_tester.predict_test({0: model}, 0.5)
+        assert 'nothing to predict' in capsys.readouterr().out
+    assert not (tmp_path / 'output/submission.csv').exists()
+
+
+def test_sample_submission_gives_the_order(model, tmp_path, capsys):
+    for name in 'abc':
+        Image.fromarray(draw_ellipse(np.random.default_rng(3))[0]).save(
+            tmp_path / f'test/{name}.png'
+        )
+    (tmp_path / 'order.csv').write_text('img,rle_mask\nc.png,\na.png,\ngone.png,\n')
+    config.TEST_CSV = str(tmp_path / 'order.csv')
+    assert list(submission(model)) == ['c.png', 'a.png']
+    told = capsys.readouterr().out
+    assert '1 images of' in told and 'gone.png' in told and 'are not in' in told and 'b.png' in told
+
+
+def test_a_checkpoint_that_is_missing_or_no_checkpoint_is_named(tmp_path):
+    (tmp_path / 'text.ckpt').write_text('hello')
+    for name, message in (('gone.ckpt', 'no such checkpoint'), ('text.ckpt', 'not a checkpoint')):
+        config.PATH = str(tmp_path / name)
+        with pytest.raises(config.UserMistake, match=f'{name}.*{message}'):
+            Lightning_tester.load_models()
+
+
 @pytest.mark.parametrize('kind', ['truncated', 'empty', 'text', 'deep'])
 def test_a_bad_image_is_named_before_anything_is_predicted(model, tmp_path, kind):
     colours, _ = draw_ellipse(np.random.default_rng(3))

@@ -1,0 +1,107 @@
+"""How fast the tester predicts and encodes, against decoding alone, on 1918x1280 JPEGs.
+
+    python tests/bench_prediction.py [images=200]
+
+The model is one layer, so that what is measured is everything around it: decoding in the workers,
+resizing, the probabilities at full size, the threshold, run lengths, writing. The baseline is a loop
+over a DataLoader with as many workers that decodes each JPEG and does nothing with it. Both run in
+turn, three times; medians. Then one mask is encoded, and one JPEG decoded, in this process.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'src'))
+
+import config
+import demo_cars
+import images
+import predictor
+import runtime
+from dataset import ImageFiles
+
+
+class OneLayer(torch.nn.Module):
+    """Stands in for a CarvanaModel: logits that follow the brightness."""
+
+    def __init__(self, height: int, width: int):
+        super().__init__()
+        self.input_form = height, width, 3
+        self.layer = torch.nn.Conv2d(3, 1, 1)
+        torch.nn.init.constant_(self.layer.weight, 1 / 40)
+        torch.nn.init.constant_(self.layer.bias, -8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.float())
+
+
+class Decoding(Dataset):
+    """The baseline: decode and forget."""
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> int:
+        return images.read_image(self.files[index])[0].shape[0]
+
+
+def predict(files: list[Path], folder: Path, size: int) -> None:
+    runner = predictor.Predictor({0: OneLayer(size, size)}, [0.5])
+    data = ImageFiles(files, runner.inputs)
+    writer = predictor.predict(
+        runner,
+        data,
+        folder / 'submission.csv',
+        lambda batch, n, mask: f'{batch["img"][n]},{images.rle_encode(mask)}',
+        {},
+    )
+    writer.remove_parts()
+
+
+def decode(files: list[Path], *_) -> None:
+    for _ in DataLoader(Decoding(files), config.VAL_BATCH_SIZE, num_workers=config.NUM_WORKERS):
+        pass
+
+
+def timed(function, *arguments) -> float:
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    runtime.silence()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        demo_cars.make_dataset(folder, cars=0, test_cars=1, size=(1918, 1280))
+        drawn = sorted((folder / 'test_hq').iterdir())
+        files = [folder / f'{number:04d}.jpg' for number in range(count)]
+        for number, file in enumerate(files):
+            file.hardlink_to(drawn[number % len(drawn)])
+        for size in (512, 1024):
+            pairs = [(timed(predict, files, folder, size), timed(decode, files)) for _ in range(3)]
+            ours, base = (statistics.median(times) for times in zip(*pairs))
+            print(
+                f'CROP_SIZE {size}: predicted {count / ours:.1f} images/s, only decoded '
+                f'{count / base:.1f} images/s, ratio {base / ours:.2f}',
+                flush=True,
+            )
+        truth = next((folder / 'test_masks_truth').iterdir())
+        mask = images.read_mask(truth)
+        encode = statistics.median(timed(images.rle_encode, mask) for _ in range(15))
+        full = statistics.median(timed(images.read_image, files[0]) for _ in range(15))
+        print(f'run lengths of a mask {1e3 * encode:.1f} ms, its JPEG {1e3 * full:.1f} ms')
+
+
+if __name__ == '__main__':
+    main()
