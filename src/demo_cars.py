@@ -25,7 +25,7 @@ KINDS = {
     'pickup': (5.1, 1.82, 0.33, 0.39, 1.02, 1.15, 1.17, (-0.20, 0.44), (-0.15, 0.2), (0, 0.45, 1)),
     'van': (4.9, 1.84, 0.22, 0.34, 0.86, 1.00, 1.05, (-0.96, 0.68), (-0.9, 0.3), (0, 0.3, 0.6, 1)),
 }
-PALE = [(0.82, 0.82, 0.81), (0.78, 0.76, 0.72)]
+PALE = [(0.80, 0.80, 0.79), (0.76, 0.75, 0.72)]
 STRONG = [(0.50, 0.05, 0.06), (0.30, 0.42, 0.52), (0.06, 0.12, 0.32), (0.22, 0.24, 0.26)]
 STRONG += [(0.68, 0.38, 0.05), (0.27, 0.20, 0.14), (0.05, 0.05, 0.06), (0.07, 0.24, 0.18)]
 DARK, CHROME, LAMP, RED = (0.06, 0.06, 0.06), (0.60, 0.61, 0.63), (0.9, 0.9, 0.9), (0.4, 0.02, 0.02)
@@ -44,7 +44,7 @@ def make_car(car: int, seed: int = 42) -> SimpleNamespace:
     look.half, look.wide = look.length / 2 * rng.uniform(0.96, 1.04), rng.uniform(0.88, 0.96)
     look.height *= rng.uniform(0.97, 1.03)
     look.wheel *= rng.uniform(0.96, 1.04)
-    paint = PALE[car // 6 % 2] if car % 6 == 4 else STRONG[(car + seed) % 8]
+    paint = PALE[car // 6 % 2] if car % 6 == 5 else STRONG[(car + seed) % 8]
     look.paint = np.clip(paint + rng.uniform(-0.02, 0.02, 3), 0.03, 0.88)
     look.glass = np.array([0.07, 0.09, 0.10]) * rng.uniform(0.5, 1.8)
     look.gloss, look.spokes = rng.uniform(0.15, 0.35), rng.integers(5, 11)
