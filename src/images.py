@@ -28,6 +28,12 @@ def broken(file, error) -> config.UserMistake:
     return config.UserMistake(f'{file}: not a readable image ({reason}): replace or remove it')
 
 
+def displayed_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) of an opened image as viewers show it, its EXIF rotation applied."""
+    width, height = image.size
+    return (width, height) if image.getexif().get(ORIENTATION, 1) >= 5 else (height, width)
+
+
 def header(file) -> tuple[str, tuple[int, int]]:
     """(PIL's mode, (height, width) as displayed) of an image file.
 
@@ -36,13 +42,11 @@ def header(file) -> tuple[str, tuple[int, int]]:
     """
     try:
         with Image.open(file) as image, Path(file).open('rb') as raw:
-            width, height = image.size
-            turned = image.getexif().get(ORIENTATION, 1) >= 5
             if image.format in ENDINGS:
                 raw.seek(-len(ENDINGS[image.format]), io.SEEK_END)
                 if raw.read() != ENDINGS[image.format]:
                     image.load()
-            return image.mode, (width, height) if turned else (height, width)
+            return image.mode, displayed_size(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise broken(file, error) from None
 
@@ -96,8 +100,7 @@ def reduction(image: Image.Image, sizes) -> int:
     """The largest of 8, 4, 2, 1 by which the image may be divided and still cover every size."""
     if not sizes:
         return 1
-    turned = image.getexif().get(ORIENTATION, 1) >= 5
-    width, height = image.size[::-1] if turned else image.size
+    height, width = displayed_size(image)
     need = [(max(h for h, _ in sizes), height), (max(w for _, w in sizes), width)]
     return next(n for n in (8, 4, 2, 1) if n == 1 or all(own // n >= asked for asked, own in need))
 

@@ -96,7 +96,7 @@ class Predictor(pl.LightningModule):
         ]
 
     def predict_step(self, batch: dict, batch_index: int) -> list[torch.Tensor]:
-        """Per image: class indices uint8 (height, width), or `threshold_counts` with masks."""
+        """Per image: class indices uint8 (height, width), or with masks `counts`."""
         if 'mask' not in batch:
             return [
                 metrics.decide(p, self.thresholds[0])[0]

@@ -110,7 +110,6 @@ def test_image_and_mask_move_together(prepared):
 def test_the_border_is_reflected(prepared):
     """A constant border would show as black corners in a white image."""
     data = CarvanaDataset([0, 1], train=True)
-    data.read = lambda *_: None
     white = np.full((32, 32, 3), 255, np.uint8)
     for epoch in range(20):
         data.seed_augmentation(epoch, 'x')
