@@ -8,7 +8,7 @@ import config
 import dice_loss
 import metrics
 import model_dispatcher
-from dataset import CarvanaDataset, EpochSampler
+from dataset import CarvanaDataset, EpochSampler, collate
 
 
 class CarvanaModel(pl.LightningModule):
@@ -159,6 +159,7 @@ class CarvanaModel(pl.LightningModule):
             batch_size,
             sampler=sampler,
             drop_last=drop_last,
+            collate_fn=collate,
             num_workers=workers,
             pin_memory=self.device.type == 'cuda',
             persistent_workers=workers > 0,

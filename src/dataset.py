@@ -12,7 +12,7 @@ os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # or its import asks a s
 import albumentations as A
 import cv2
 import torch
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, default_collate
 
 import cache
 import config
@@ -109,7 +109,7 @@ class CarvanaDataset(Dataset):
             augmented = self.augment(image=image, mask=mask)
             image, mask = augmented['image'], augmented['mask']
         return {
-            'image': torch.from_numpy(image).permute(2, 0, 1).contiguous(),
+            'image': torch.from_numpy(image).permute(2, 0, 1),
             'mask': torch.from_numpy(mask),
             'img': name,
         }
@@ -181,8 +181,22 @@ class ImageFiles(Dataset):
         return item
 
 
+def stack(tensors) -> torch.Tensor:
+    """Images (C, H, W) that lie in memory as they were decoded, as a batch (N, C, H, W).
+
+    It stays channels-last, as the models want it: whole images are copied, not single pixels.
+    """
+    return default_collate([image.permute(1, 2, 0) for image in tensors]).permute(0, 3, 1, 2)
+
+
+def collate(items: list[dict]) -> dict:
+    """A batch of CarvanaDataset."""
+    images = {'image': stack([item.pop('image') for item in items])}
+    return {**images, **default_collate(items)}
+
+
 def collate_files(items: list[dict]) -> dict:
     """A batch of ImageFiles: a tensor (N, channels, H, W) per input, lists of all the rest."""
     batch = {key: [item[key] for item in items] for key in items[0]}
-    batch['images'] = [torch.stack(tensors) for tensors in zip(*batch['images'])]
+    batch['images'] = [stack(tensors) for tensors in zip(*batch['images'])]
     return batch

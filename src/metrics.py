@@ -12,7 +12,7 @@ from torchmetrics import Metric
 def decide(probabilities: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
     """Class indices (N, H, W) from probabilities (N, C, H, W): above the threshold, or the largest."""
     if probabilities.shape[1] == 1:
-        return (probabilities[:, 0] > threshold).to(torch.uint8)
+        return (probabilities[:, 0] > threshold).view(torch.uint8)
     return probabilities.argmax(1).to(torch.uint8)
 
 

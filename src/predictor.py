@@ -8,8 +8,10 @@ killed run stopped, so the joined result is the same to the byte.
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from pathlib import Path
 
+import cv2
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BasePredictionWriter
@@ -70,6 +72,7 @@ class Predictor(pl.LightningModule):
         self.mirrored = mirrored
         self.register_buffer('thresholds', torch.tensor(thresholds), persistent=False)
         self.data, self.prepare = None, None  # set by `predict`
+        self.canvases = {}
 
     def predict_dataloader(self) -> DataLoader:
         batches = Batches(self.data)
@@ -81,19 +84,30 @@ class Predictor(pl.LightningModule):
             prefetch_factor=2 if config.NUM_WORKERS else None,
         )
 
-    def probabilities(self, batch: dict, models: list) -> list[torch.Tensor]:
-        """For each image of a batch of ImageFiles the mean probabilities (1, C, height, width)."""
+    def probabilities(self, batch: dict, models: list):
+        """For each image of a batch of ImageFiles, in turn, the mean probabilities (1, C, height,
+        width); to be used up before the next, which is written in the same place."""
         totals = {}  # a model's output is resized with all others of its size, as a mean is linear
         for model in models:
             x = batch['images'][self.inputs.index(model.input_form)]
             p = metrics.activate(model(x))
             if self.mirrored:
                 p = (p + metrics.activate(model(x.flip(-1))).flip(-1)) / 2
-            totals[p.shape[2:]] = totals.get(p.shape[2:], 0) + p / len(models)
-        return [
-            sum(F.interpolate(p[[n]], shape, mode='bilinear') for p in totals.values())
-            for n, shape in enumerate(batch['shape'])
-        ]
+            p = p / len(models) if len(models) > 1 else p
+            totals[p.shape[2:]] = totals[p.shape[2:]] + p if p.shape[2:] in totals else p
+        for n, shape in enumerate(batch['shape']):
+            yield reduce(torch.add, (self.enlarge(p[[n]], shape) for p in totals.values()))
+
+    def enlarge(self, p: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        """Probabilities (1, C, H, W) at an image's own (height, width), bilinear."""
+        if p.is_cuda or p.shape[1] > 1:
+            return F.interpolate(p, shape, mode='bilinear')
+        # The same to 1e-6, and several times as fast on a CPU: less arithmetic, and the memory of
+        # the last image again.
+        canvas = self.canvases.get(p.shape[2:])
+        canvas = cv2.resize(p[0, 0].numpy(), shape[::-1], canvas, interpolation=cv2.INTER_LINEAR)
+        self.canvases[p.shape[2:]] = canvas
+        return torch.from_numpy(canvas)[None, None]
 
     def predict_step(self, batch: dict, batch_index: int) -> list[torch.Tensor]:
         """Per image: class indices uint8 (height, width), or with masks `counts`."""
