@@ -1,5 +1,7 @@
 """CarvanaModel: the network, its loss, its data and its scores, as a LightningModule."""
 
+import math
+
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
@@ -70,7 +72,14 @@ class CarvanaModel(pl.LightningModule):
 
     def training_step(self, batch: dict, batch_index: int) -> torch.Tensor:
         loss = self.loss(self(batch['image']), batch['mask'])
-        self.log('train_loss', loss, on_epoch=True, on_step=False, batch_size=len(batch['img']))
+        self.log(
+            'train_loss',
+            loss,
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            batch_size=len(batch['img']),
+        )
         self.unchecked.append((loss.detach(), batch['img']))
         if len(self.unchecked) == self.trainer.log_every_n_steps:
             self.check_losses()
@@ -106,10 +115,14 @@ class CarvanaModel(pl.LightningModule):
             torch.manual_seed(self.hparams.SEED + 1000 * self.current_epoch + self.global_rank)
 
     def on_train_epoch_start(self) -> None:
-        self.log('lr', self.optimizers().param_groups[0]['lr'])
+        self.log('lr', self.optimizers().param_groups[0]['lr'], sync_dist=True)
 
     def on_validation_start(self) -> None:
         self.check_losses()
+        if self.trainer.world_size > 1:
+            # Batch normalisation's averages are each rank's own; checkpoints hold those of rank 0.
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
         names = self.trainer.val_dataloaders.dataset.names
         self.row = {name: row for row, name in enumerate(names)}
 
@@ -123,7 +136,7 @@ class CarvanaModel(pl.LightningModule):
         self.scores.update(rows, counts, self.loss(logits, batch['mask']))
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.scores.compute())
+        self.log_dict(self.scores.compute(), sync_dist=True)
         self.scores.reset()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -135,9 +148,19 @@ class CarvanaModel(pl.LightningModule):
         if self.hparams.CACHE:
             CarvanaDataset(self.hparams.val_folds)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_data(self) -> CarvanaDataset:
+        """The training images; or config.UserMistake where they are fewer than one batch."""
         data = CarvanaDataset(self.hparams.train_folds, train=True)
-        batch_size = min(self.hparams.TRAIN_BATCH_SIZE, len(data))
+        share = math.ceil(len(data) / self.ranks()[0])
+        if share < self.hparams.TRAIN_BATCH_SIZE:
+            raise config.UserMistake(
+                f'TRAIN_BATCH_SIZE={self.hparams.TRAIN_BATCH_SIZE} is more than the {share} training '
+                f'images of the folds {self.hparams.train_folds} per device: at most {share}'
+            )
+        return data
+
+    def train_dataloader(self) -> DataLoader:
+        data, batch_size = self.train_data(), self.hparams.TRAIN_BATCH_SIZE
         sampler = EpochSampler(data, *self.ranks(), shuffle=True, seed=self.hparams.SEED)
         # A last batch of one image gives batch normalisation nothing to average over.
         lonely = batch_size > 1 and len(sampler) % batch_size == 1

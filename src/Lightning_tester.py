@@ -37,9 +37,9 @@ import metrics
 import plots
 import predictor
 import runtime
+import tables
 from dataset import ImageFiles, collate_files
 from Lightning_module import CarvanaModel
-from Lightning_trainer import read_models
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def load_models() -> dict[int, CarvanaModel]:
     if config.PATH is not None:
         model = load_model(config.PATH)
         return {model.hparams.val_folds[0]: model}
-    table = read_models()
+    table = tables.read_models()
     table = table[table.fold.isin(config.FOLDS)]
     if table.empty:
         raise config.UserMistake(f'FOLDS={config.FOLDS}: none of them has been trained yet')
@@ -146,7 +146,7 @@ def score_out_of_fold(models: dict[int, CarvanaModel]) -> float:
     threshold = thresholds[chosen] if some.CLASSES == 1 else 0.5
     if writer.trainer.is_global_zero:
         table['dice'], table['iou'] = dice[:, chosen].numpy(), iou[:, chosen].numpy()
-        folds.write_table(table[['img', 'kfold', 'dice', 'iou']], target)
+        tables.write_table(table[['img', 'kfold', 'dice', 'iou']], target)
         writer.remove_parts()
         print_scores(table)
         if some.CLASSES == 1:
@@ -254,7 +254,7 @@ def predict_test(models: dict[int, CarvanaModel], threshold: float) -> None:
     writer = predictor.predict(runner, ImageFiles(files, runner.inputs), target, line, settings)
     if not writer.trainer.is_global_zero:
         return
-    with folds.whole_file(target) as file:
+    with tables.whole_file(target) as file:
         file.write('img,rle_mask\n')
         file.writelines(f'{row}\n' for row in writer.lines(f.name for f in files))
     draw_test(files, writer, classes)
@@ -272,15 +272,15 @@ def test_files(folder: Path) -> list[Path]:
     there = sorted(f.name for f in folder.iterdir() if f.name.endswith(suffix) and f.is_file())
     if not there or not config.path(config.TEST_CSV).is_file():
         return [folder / name for name in there]
-    table = folds.read_table(config.path(config.TEST_CSV), ['img'], 'mend or remove it')
+    table = tables.read_table(config.path(config.TEST_CSV), ['img'], 'mend or remove it')
     asked = [name.removesuffix(suffix) + suffix for name in table.img.drop_duplicates()]
     missing, extra = sorted(set(asked) - set(there)), sorted(set(there) - set(asked))
     if missing:
         print(
-            f'{len(missing)} images of {config.TEST_CSV} are not in {folder}: {folds.some(missing)}'
+            f'{len(missing)} images of {config.TEST_CSV} are not in {folder}: {tables.some(missing)}'
         )
     if extra:
-        print(f'{len(extra)} images in {folder} are not in {config.TEST_CSV}: {folds.some(extra)}')
+        print(f'{len(extra)} images in {folder} are not in {config.TEST_CSV}: {tables.some(extra)}')
     return [folder / name for name in asked if name not in missing]
 
 

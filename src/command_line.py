@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import errno
 import re
 import sys
 from pathlib import Path
@@ -18,6 +19,16 @@ COLOURS = (
     lambda v: isinstance(v, (list, tuple)) and len(v) == config.CHANNELS and all(map(is_number, v)),
     'one number per channel (CHANNELS)',
 )
+# What a disk answers that is full, read-only or not ours.
+DISK = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+}
 ANYTHING = (lambda v: True), 'anything'  # a constant that a user has added
 LEGAL = {
     'CROP_SIZE': (
@@ -171,3 +182,10 @@ def run(main) -> None:
     except config.UserMistake as mistake:
         # An error from a DataLoader's worker arrives with the worker's traceback before it.
         sys.exit(str(mistake).rsplit('UserMistake: ', 1)[-1].strip())
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        file = error.filename or f'{config.OUTPUT} or {config.LOGS_PATH}'
+        sys.exit(
+            f'{file}: {error.strerror}: make room, or set OUTPUT and LOGS_PATH to another disk'
+        )

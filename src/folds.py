@@ -21,13 +21,13 @@ if __name__ == '__main__':
 import os
 import re
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
 
 import images
+from tables import read_table, some, write_table
 
 MASKS_LOOKED_AT = 500  # of more masks, so many are decoded here; the first epoch meets the others
 
@@ -41,47 +41,6 @@ def main() -> None:
     counts.loc['all'] = counts.sum()
     print(counts.to_string())
     print(f'{config.N_FOLDS} folds that share no group: {config.TRAIN_FOLDS}')
-
-
-@contextmanager
-def whole_file(file: Path):
-    """Open a text file that appears whole or not at all: written beside its place, then renamed."""
-    temporary = file.with_name(f'{file.name}.{os.getpid()}.tmp')
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open('w', encoding='utf-8', newline='') as text:
-                yield text
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise config.UserMistake(f'{file}: cannot be written ({error.strerror})') from None
-
-
-def write_table(table: pd.DataFrame, file: Path) -> None:
-    """Write a CSV file whole or not at all."""
-    with whole_file(file) as text:
-        table.to_csv(text, index=False)
-
-
-def read_table(file: Path, columns: list[str], remedy: str) -> pd.DataFrame:
-    """A CSV file with at least these columns, all cells as text.
-
-    Raises config.UserMistake, with the remedy, where the file or a column is missing.
-    """
-    try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        raise config.UserMistake(f'{file}: no such file: {remedy}') from None
-    except (ValueError, OSError) as error:
-        raise config.UserMistake(f'{file}: not a readable table ({error}): {remedy}') from None
-    missing = [column for column in columns if column not in table]
-    if missing:
-        raise config.UserMistake(
-            f'{file}: no column {missing[0]}, only {", ".join(table.columns)}: {remedy}'
-        )
-    return table
 
 
 def image_names() -> list[str]:
@@ -257,12 +216,6 @@ def files_of(name: str) -> tuple[Path, Path]:
 def modified(file: Path) -> float:
     """When a file was last written, in seconds; one that is missing has changed by now."""
     return file.stat().st_mtime if file.exists() else float('inf')
-
-
-def some(names: list[str], count: int = 5) -> str:
-    """The first of the names, and how many more there are."""
-    more = f' and {len(names) - count} more' if len(names) > count else ''
-    return ', '.join(map(str, names[:count])) + more
 
 
 def shape(size: tuple[int, int]) -> str:

@@ -31,7 +31,7 @@ def figure(rows: int, columns: int, width: float, height: float, title: str = ''
 def save(fig: Figure, file: Path) -> Path:
     """Write a picture whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f'{file.name}.{os.getpid()}.tmp')
+    temporary = file.with_name(f'{file.name}.tmp')
     fig.savefig(temporary, format='png')
     temporary.replace(file)
     return file

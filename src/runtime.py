@@ -3,9 +3,10 @@
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
-from pathlib import Path
+from contextlib import contextmanager
 
 import torch
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
@@ -63,10 +64,20 @@ def progress_bars() -> list[Callback]:
 
 
 class EpochLines(Callback):
-    """Prints one aligned line per epoch: losses, scores at CROP_SIZE, seconds."""
+    """Prints one aligned line per epoch: losses, scores at CROP_SIZE, seconds.
+
+    `history` has a dictionary of all logged values per epoch; it is part of every checkpoint, so a
+    resumed run has that of the epochs before, whatever became of metrics.csv.
+    """
 
     def __init__(self, fold: int):
-        self.fold = fold
+        self.fold, self.history = fold, []
+
+    def state_dict(self) -> dict:
+        return {'history': self.history}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.history = list(state['history'])
 
     def on_train_epoch_start(self, trainer, module) -> None:
         self.start = time.monotonic()
@@ -79,20 +90,89 @@ class EpochLines(Callback):
             print(f'fold {self.fold} was stopped {best}; RESUME=True goes on from here', flush=True)
 
     def on_train_epoch_end(self, trainer, module) -> None:
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        values |= {'epoch': trainer.current_epoch, 'step': trainer.global_step - 1}
+        self.history.append(values)
         if trainer.is_global_zero:
             shown = ('train_loss', 'val_loss', 'val_dice', 'val_iou', 'val_iou_dataset')
-            values = trainer.callback_metrics
             scores = '  '.join(f'{name} {values[name]:.4f}' for name in shown if name in values)
             epoch = f'{trainer.current_epoch + 1:3d}/{trainer.max_epochs}'
             seconds = time.monotonic() - self.start
             print(f'fold {self.fold}  epoch {epoch}  {scores}  {seconds:6.1f} s', flush=True)
 
 
+def waiting(durations: dict[str, list[float]]) -> float:
+    """Share of the training time, 0..1, in which no batch was ready, from a Lightning profiler's
+    recorded durations. The first batch, which waits for the workers to start, does not count."""
+    waits = [durations.get(f'[{loop}') or [0, 0] for loop in LOADERS]
+    waited = sum(sum(seconds[1:]) for seconds in waits)
+    total = sum(durations.get('run_training_epoch', [])) - sum(seconds[0] for seconds in waits)
+    return waited / total if total > 0 else 0.0
+
+
+LOADERS = ('_TrainingEpochLoop].train_dataloader_next', '_EvaluationLoop].val_next')
+
+
+def advice(share: float) -> str:
+    """What to change where the device waited too long for its data; '' where it did not."""
+    if share <= 0.1:
+        return ''
+    if cores() > config.NUM_WORKERS:
+        return f'NUM_WORKERS from {config.NUM_WORKERS} to {cores()} would feed it faster'
+    if not config.CACHE:
+        return 'CACHE=True would feed it faster'
+    return 'a smaller CROP_SIZE, or more cores, would feed it faster'
+
+
+def cores() -> int:
+    """CPU cores that this process may use, which in a container or a job are not all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def follow_parent() -> None:
+    """End this process when the one that started it is gone, and would leave it behind unseen."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def told_plainly():
+    """Turn what may happen to any training, and is no bug, into a message that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        batch, window = config.TRAIN_BATCH_SIZE, config.ACCUMULATE_GRAD_BATCHES
+        smaller = f'CROP_SIZE={tuple(side * 3 // 4 // 32 * 32 for side in config.crop_size())}'
+        if batch > 1:
+            smaller = (
+                f'TRAIN_BATCH_SIZE={batch // 2} with ACCUMULATE_GRAD_BATCHES={window * 2} (the same '
+                f'images per step), or {smaller}'
+            )
+        raise config.UserMistake(
+            f'out of GPU memory with TRAIN_BATCH_SIZE={batch}, VAL_BATCH_SIZE={config.VAL_BATCH_SIZE}, '
+            f'CROP_SIZE={config.CROP_SIZE}, PRECISION={config.PRECISION}: try {smaller}'
+        ) from None
+    except RuntimeError as error:
+        words = str(error).lower()
+        if not any(text in words for text in ('closed by peer', 'reset by peer', 'remote process')):
+            raise
+        raise config.UserMistake(
+            'another process of this training has ended, see its own message; RESUME=True goes on '
+            'after the last finished epoch'
+        ) from None
+
+
 def device_name(trainer) -> str:
     if trainer.strategy.root_device.type == 'cuda':
         kind = torch.cuda.get_device_name(trainer.strategy.root_device)
     else:
-        kind = f'{trainer.strategy.root_device.type} with {os.cpu_count()} cores'
+        kind = f'{trainer.strategy.root_device.type} with {cores()} cores'
     return f'{trainer.world_size} x {kind}' if trainer.world_size > 1 else kind
 
 
@@ -103,9 +183,3 @@ def peak_memory() -> str:
     import resource
 
     return f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MB'
-
-
-def relative(file: Path) -> str:
-    """A path as users write it: from the project's root, where it is in there."""
-    root = config.path('.')
-    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)

@@ -1,5 +1,9 @@
 """RESUME=True: after kills the result is that of an undisturbed run."""
 
+import contextlib
+import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +15,20 @@ import torch
 from conftest import SRC, environment, make_carvana, run_script, settings
 from PIL import Image
 
-SETTINGS = ['N_FOLDS=3', 'FOLDS=[0]', 'EPOCHS=3', 'MODEL_NAME=smp_fpn_resnet18', 'NUM_WORKERS=0']
+# By hand, some ten minutes: KILLS=20 python -m pytest tests/test_resume.py -k again
+KILLS = int(os.environ.get('KILLS', 1))
+SETTINGS = ['N_FOLDS=3', 'EPOCHS=3', 'MODEL_NAME=smp_fpn_resnet18', 'NUM_WORKERS=0']
+SETTINGS += ['FOLDS=[0]'] if KILLS == 1 else ['FOLDS=[0, 1]', 'EPOCHS=4']
 
 
 def start(folder, script, *words):
+    """Start a script in a process group of its own."""
     command = [sys.executable, str(SRC / script), *words]
     out = (folder / 'log.txt').open('a')
     # As many threads as in run_script: sums in another order differ in their last bits.
-    return subprocess.Popen(command, stdout=out, stderr=out, env=environment())
+    return subprocess.Popen(
+        command, stdout=out, stderr=out, env=environment(), start_new_session=True
+    )
 
 
 @pytest.fixture(scope='module')
@@ -26,63 +36,76 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp('whole')
     make_carvana(folder / 'input', cars=6)
     words = [*settings(folder), *SETTINGS]
-    for script in ('folds.py', 'Lightning_trainer.py'):
+    for script in ('folds.py', 'Lightning_trainer.py', 'Lightning_tester.py'):
         result = run_script(script, *words)
         assert result.returncode == 0, result.stderr
     return folder, words
 
 
-def weights(folder, row):
-    return torch.load(folder / row.checkpoint, weights_only=True)['state_dict']
-
-
-def assert_same(first, second):
-    tables = [pd.read_csv(folder / 'output/models.csv') for folder in (first, second)]
-    for one, other in zip(*(table.itertuples() for table in tables), strict=True):
-        assert one.val_dice == other.val_dice and one.val_iou == other.val_iou
-        a, b = weights(first, one), weights(second, other)
-        assert all(torch.equal(a[name], b[name]) for name in a)
+def weights(folder, version, name):
+    file = folder / 'logs' / version / 'checkpoints' / name
+    return torch.load(file, weights_only=True)['state_dict']
 
 
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(undisturbed, tmp_path):
+    """Also with other numbers of workers, which decide nothing."""
     make_carvana(tmp_path / 'input', cars=6)
     words = [*settings(tmp_path), *SETTINGS, 'RESUME=True']
     assert run_script('folds.py', *words).returncode == 0
-    waits = [9.0, 11.0]
-    for wait in waits:
-        process = start(tmp_path, 'Lightning_trainer.py', *words)
-        time.sleep(wait)
-        children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True)
-        process.kill()
-        for child in children.stdout.split():
-            subprocess.run(['kill', '-9', child])
+    seconds = random.Random(KILLS)
+    for kill in range(KILLS):
+        process = start(tmp_path, 'Lightning_trainer.py', *words, f'NUM_WORKERS={4 * (kill % 2)}')
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds.uniform(6, 18))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    result = run_script('Lightning_trainer.py', *words)
-    assert result.returncode == 0, result.stderr
-    assert_same(undisturbed[0], tmp_path)
+    for script in ('Lightning_trainer.py', 'Lightning_tester.py'):
+        result = run_script(script, *words)
+        assert result.returncode == 0, result.stderr
+    for name in ('models.csv', 'oof.csv'):
+        first, second = (folder / 'output' / name for folder in (undisturbed[0], tmp_path))
+        assert first.read_text() == second.read_text().replace(str(tmp_path), str(undisturbed[0]))
     for row in pd.read_csv(tmp_path / 'output/models.csv').itertuples():
+        first, second = (
+            weights(folder, row.version, 'last.ckpt') for folder in (undisturbed[0], tmp_path)
+        )
+        assert all(torch.equal(first[name], second[name]) for name in first)
         history = pd.read_csv(tmp_path / 'logs' / row.version / 'metrics.csv')
-        assert history[history.val_dice.notna()].epoch.tolist() == [0, 1, 2]
+        assert history[history.val_dice.notna()].epoch.tolist() == list(range(3 if KILLS == 1 else 4))
+        assert (tmp_path / 'logs' / row.version / 'curves.png').is_file()
+    assert len(list((tmp_path / 'logs').glob('version_*'))) == (1 if KILLS == 1 else 2)
     left = {file.name for file in (tmp_path / 'output').iterdir()}
-    assert left == {'train_folds.csv', 'models.csv'}
+    assert left == {file.name for file in (undisturbed[0] / 'output').iterdir()}
+    assert not list(tmp_path.rglob('*.tmp'))
 
 
 def test_finished_folds_are_left_alone_and_other_constants_refused(undisturbed):
     folder, words = undisturbed
     before = (folder / 'output/models.csv').read_bytes()
     result = run_script('Lightning_trainer.py', *words, 'RESUME=True')
-    assert result.returncode == 0 and result.stdout.count('has its 3 epochs') == 1
+    assert result.returncode == 0 and 'has its 3 epochs' in result.stdout
     assert (folder / 'output/models.csv').read_bytes() == before
     result = run_script('Lightning_trainer.py', *words, 'RESUME=True', 'LR=0.5', 'LOSS=CE')
     assert result.returncode == 1 and 'Traceback' not in result.stderr
     assert 'LOSS=IoULoss' in result.stderr and 'LR=0.001' in result.stderr
 
 
-def test_more_epochs_go_on_from_the_last(undisturbed, tmp_path):
+def test_more_epochs_go_on_from_the_last_in_a_folder_that_was_moved(undisturbed, tmp_path):
     folder, words = undisturbed
-    result = run_script('Lightning_trainer.py', *words, 'RESUME=True', 'EPOCHS=4')
+    shutil.copytree(folder / 'logs', tmp_path / 'moved')
+    best = pd.read_csv(folder / 'output/models.csv').checkpoint[0]
+    moved = [f'LOGS_PATH={tmp_path}/moved', f'OUTPUT={tmp_path}/output', 'FOLDS=[0]', 'EPOCHS=4']
+    table = f'TRAIN_FOLDS={folder}/output/train_folds.csv'
+    result = run_script('Lightning_trainer.py', *words, *moved, table, 'RESUME=True')
     assert result.returncode == 0, result.stderr
     assert 'epoch   4/4' in result.stdout and 'epoch   3/4' not in result.stdout
+    row = pd.read_csv(tmp_path / 'output/models.csv').iloc[0]
+    assert os.path.dirname(row.checkpoint) == f'{tmp_path}/moved/version_0/checkpoints'
+    assert os.path.isfile(row.checkpoint)
+    history = pd.read_csv(tmp_path / 'moved/version_0/metrics.csv')
+    assert row.val_dice == history.val_dice.max() and len(history.val_dice.dropna()) == 4
+    assert os.path.isfile(folder / best)  # what was moved from is left alone
 
 
 def test_sigterm_ends_tidily(undisturbed, tmp_path):

@@ -1,0 +1,143 @@
+"""Run folders LOGS_PATH/version_#: one training at a time, whole checkpoints, what a run left."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+import config
+import tables
+
+# What a resumed run may change: how fast it goes, where things are, and what the tester does.
+MAY_CHANGE = {
+    'INPUT', 'OUTPUT', 'LOGS_PATH', 'TRAIN_PATH', 'MASK_PATH', 'TEST_PATH', 'TRAIN_CSV', 'TEST_CSV',
+    'TRAIN_FOLDS', 'PATH', 'ENCODER_WEIGHTS', 'FOLDS', 'EPOCHS', 'NUM_WORKERS', 'CACHE', 'RESUME',
+    'ACCELERATOR', 'DEVICES', 'NUM_NODES', 'STRATEGY', 'COMPILE', 'VAL_BATCH_SIZE', 'TTA', 'THRESHOLD',
+    'SAVE_MASKS',
+}  # fmt: skip
+
+
+def lock(seconds: float = 10) -> FileLock:
+    """Keep other trainings out of LOGS_PATH until this process ends, however it ends.
+
+    Raises config.UserMistake where another one is there, or the folder cannot be written.
+    """
+    file = config.path(config.LOGS_PATH) / '.lock'
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(file)
+        held.acquire(timeout=seconds)
+        return held
+    except Timeout:
+        raise config.UserMistake(
+            f'another training is running in {config.LOGS_PATH}: wait for its end, or give this one '
+            'a LOGS_PATH and an OUTPUT of its own'
+        ) from None
+
+
+class Whole(TorchCheckpointIO):
+    """Checkpoints that are there whole or not at all, on whichever disk: written beside their place,
+    then renamed. (Lightning's own are moved from the system's temporary folder.)"""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f'{path.name}.tmp')
+        try:
+            with temporary.open('wb') as file:
+                torch.save(checkpoint, file)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """The checkpoint with the best val_dice, and last.ckpt; also in a folder that was moved."""
+
+    def __init__(self):
+        super().__init__(
+            filename='{epoch}-{val_dice:.4f}',
+            monitor='val_dice',
+            mode='max',
+            save_last=True,
+            save_on_train_epoch_end=True,
+        )
+
+    def load_state_dict(self, state: dict) -> None:
+        def here(file: str) -> str:
+            return os.path.join(self.dirpath, os.path.basename(file)) if file else file
+
+        paths = {key: here(state[key]) for key in state if key.endswith('model_path')}
+        best = {here(file): score for file, score in state['best_k_models'].items()}
+        super().load_state_dict({**state, **paths, 'dirpath': self.dirpath, 'best_k_models': best})
+
+
+def last_run(fold: int) -> dict | None:
+    """What the newest run of a fold left: its folder, newest checkpoint `file`, `epoch` (from 0),
+    the file of its `best` checkpoint, and the `history` of its epochs.
+
+    Starts that were killed before their first checkpoint are removed, as are checkpoints that the
+    newest one does not know any more.
+
+    Raises config.UserMistake where a checkpoint cannot be read, or where that run had other constants
+    than those that may change.
+    """
+    logs = config.path(config.LOGS_PATH)
+    folders = [f for f in logs.glob('version_*') if f.name.removeprefix('version_').isdigit()]
+    for folder in sorted(folders, key=lambda f: int(f.name.removeprefix('version_')), reverse=True):
+        files = sorted((folder / 'checkpoints').glob('*.ckpt'))
+        if not files:
+            remove_dead_start(folder)
+            continue
+        states = {file: read_checkpoint(file) for file in files}
+        file = max(files, key=lambda f: (states[f]['epoch'], f.name == 'last.ckpt'))
+        state = states[file]
+        if state['hyper_parameters']['val_folds'] != [fold]:
+            continue
+        check_constants(folder.name, state['hyper_parameters'])
+        (checkpoints,) = (v for k, v in state['callbacks'].items() if 'Checkpoint' in k)
+        best = file.with_name(Path(checkpoints['best_model_path']).name)
+        for other in set(files) - {file, best}:
+            other.unlink(missing_ok=True)
+        history = state['callbacks']['EpochLines']['history']
+        kept = {'file': file, 'best': best, 'epoch': state['epoch']}
+        return {'folder': folder, 'history': history, **kept}
+    return None
+
+
+def remove_dead_start(folder: Path) -> None:
+    """Remove the folder of a run that was killed before its first checkpoint."""
+    for file in folder.rglob('*'):
+        known = file.name in ('checkpoints', 'hparams.yaml', 'metrics.csv')
+        if not known and not file.name.startswith('events.') and file.suffix != '.tmp':
+            return  # somebody keeps something else here
+    shutil.rmtree(folder)
+
+
+def read_checkpoint(file: Path) -> dict:
+    """A checkpoint's content, tensors on the CPU; code in it is never run."""
+    try:
+        return torch.load(file, map_location='cpu', weights_only=True)
+    except Exception as error:  # what a damaged file raises is up to pickle, zipfile and torch
+        reason = ' '.join(str(error).split())[:120]
+        raise config.UserMistake(
+            f'{tables.relative(file)}: cannot be read ({reason}): remove it to go on from an older '
+            f'checkpoint, or remove {file.parent.parent.name} to train that fold anew'
+        ) from None
+
+
+def check_constants(name: str, constants: dict) -> None:
+    """Raise config.UserMistake where a run was begun with constants that decide another result."""
+    now = config.constants()
+    differ = [n for n in now if n not in MAY_CHANGE and constants.get(n, now[n]) != now[n]]
+    if constants['EPOCHS'] > config.EPOCHS:
+        differ.append('EPOCHS')
+    if differ:
+        was = ', '.join(f'{name}={constants[name]}' for name in differ)
+        raise config.UserMistake(
+            f'RESUME=True: {name} was begun with {was}: set the same, or RESUME=False to start anew'
+        )
