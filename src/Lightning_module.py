@@ -1,7 +1,5 @@
 """CarvanaModel: the network, its loss, its data and its scores, as a LightningModule."""
 
-import math
-
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
@@ -126,7 +124,7 @@ class CarvanaModel(pl.LightningModule):
         names = self.trainer.val_dataloaders.dataset.names
         self.row = {name: row for row, name in enumerate(names)}
 
-    def validation_step(self, batch: dict, batch_index: int) -> None:
+    def validation_step(self, batch: dict, batch_index: int) -> torch.Tensor:
         logits = self(batch['image'])
         prediction = metrics.decide(metrics.activate(logits))
         counts = metrics.count(
@@ -134,6 +132,7 @@ class CarvanaModel(pl.LightningModule):
         )
         rows = torch.tensor([self.row[name] for name in batch['img']], device=self.device)
         self.scores.update(rows, counts, self.loss(logits, batch['mask']))
+        return prediction
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self.scores.compute(), sync_dist=True)
@@ -148,19 +147,11 @@ class CarvanaModel(pl.LightningModule):
         if self.hparams.CACHE:
             CarvanaDataset(self.hparams.val_folds)
 
-    def train_data(self) -> CarvanaDataset:
-        """The training images; or config.UserMistake where they are fewer than one batch."""
-        data = CarvanaDataset(self.hparams.train_folds, train=True)
-        share = math.ceil(len(data) / self.ranks()[0])
-        if share < self.hparams.TRAIN_BATCH_SIZE:
-            raise config.UserMistake(
-                f'TRAIN_BATCH_SIZE={self.hparams.TRAIN_BATCH_SIZE} is more than the {share} training '
-                f'images of the folds {self.hparams.train_folds} per device: at most {share}'
-            )
-        return data
-
     def train_dataloader(self) -> DataLoader:
-        data, batch_size = self.train_data(), self.hparams.TRAIN_BATCH_SIZE
+        data, batch_size = (
+            CarvanaDataset(self.hparams.train_folds, train=True),
+            self.hparams.TRAIN_BATCH_SIZE,
+        )
         sampler = EpochSampler(data, *self.ranks(), shuffle=True, seed=self.hparams.SEED)
         # A last batch of one image gives batch normalisation nothing to average over.
         lonely = batch_size > 1 and len(sampler) % batch_size == 1

@@ -1,7 +1,6 @@
 """NAME=value words, --help and the checks of config.py; standard library alone, so it is instant."""
 
 import ast
-import difflib
 import errno
 import re
 import sys
@@ -111,12 +110,6 @@ def legal(name: str) -> tuple:
 DEFAULTS = config.constants()
 
 
-def nearest(name: str, names) -> str:
-    """'did you mean A or B?' for a misspelt name, else all of the names."""
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    return f'did you mean {" or ".join(close)}?' if close else f'legal names: {", ".join(names)}'
-
-
 def override(words: list[str]) -> None:
     """Set constants in `config` from NAME=value words; derived constants are worked out again.
 
@@ -129,7 +122,7 @@ def override(words: list[str]) -> None:
             raise config.UserMistake(f"'{word}' is not a NAME=value word, such as EPOCHS=1")
         if name not in DEFAULTS:
             raise config.UserMistake(
-                f"'{name}' is no constant of config.py: {nearest(name, DEFAULTS)}"
+                f"'{name}' is no constant of config.py: {config.nearest(name, DEFAULTS)}"
             )
         try:
             given[name] = ast.literal_eval(text)

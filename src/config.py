@@ -6,6 +6,7 @@ Values are Python literals, else text. Relative paths start at the project's roo
 from a constant follows it: INPUT=/data moves TRAIN_PATH. command_line.py checks all of them.
 """
 
+import difflib
 import os
 from pathlib import Path
 
@@ -53,7 +54,8 @@ ACCUMULATE_GRAD_BATCHES = 64  # batches per optimizer step: 64 * 4 = 256 images 
 PRECISION = 16  # 16 (float16, CUDA only), 'bf16' or 32
 AUGMENTATION = 'original'  # 'original', 'flip', 'strong' or 'none': dataset.AUGMENTATIONS
 SEED = 42
-NUM_WORKERS = min(8, os.cpu_count() or 1)  # processes that decode images, per device
+# Processes that decode images, per device: as many as there are cores for this one, at most 8.
+NUM_WORKERS = min(8, len(getattr(os, 'sched_getaffinity', lambda _: range(4))(0)))
 CACHE = False  # keep decoded, resized images under OUTPUT/cache: 4 MB each at 1024 pixels
 RESUME = False  # go on where the last run stopped
 
@@ -93,3 +95,12 @@ def constants() -> dict:
         for name, value in globals().items()
         if name.isupper()
     }
+
+
+def nearest(name: str, names) -> str:
+    """'did you mean A or B?' for a misspelt name; else all the names, where they are few."""
+    lower = {known.lower(): known for known in names}
+    close = [lower[key] for key in difflib.get_close_matches(str(name).lower(), lower, 3, 0.6)]
+    if close:
+        return f'did you mean {" or ".join(close)}?'
+    return f'legal: {", ".join(names)}' if len(lower) < 60 else ''

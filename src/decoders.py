@@ -1,7 +1,5 @@
 """The decoder half of "Unetify": any decoder of segmentation_models_pytorch by name."""
 
-import difflib
-
 import segmentation_models_pytorch as smp
 
 import config
@@ -13,11 +11,8 @@ DECODERS = dict(smp.MODEL_ARCHITECTURES_MAPPING)
 def check_name(name: str) -> None:
     """Raise config.UserMistake, with the legal names, for a decoder that does not exist."""
     if name not in DECODERS:
-        close = difflib.get_close_matches(name, DECODERS, n=1)
         raise config.UserMistake(
-            f"MODEL_NAME: no decoder '{name}'; "
-            + (f'did you mean {close[0]}? ' if close else '')
-            + f'Legal: {", ".join(DECODERS)}'
+            f"MODEL_NAME: no decoder '{name}'; {config.nearest(name, DECODERS)}"
         )
 
 

@@ -34,12 +34,13 @@ SETTINGS = {
     'ACCUMULATE_GRAD_BATCHES': 1,
     'CACHE': True,
 }
+CARS = 18
 STEPS = ('folds.py', 'Lightning_trainer.py', 'Lightning_tester.py')
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument('--cars', type=int, default=18)
+    parser.add_argument('--cars', type=int, default=CARS)
     parser.add_argument('--test-cars', type=int, default=2)
     parser.add_argument('--size', type=size, default=(480, 320))
     parser.add_argument('--folder', default=None)
@@ -56,6 +57,11 @@ def size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def words(folder: Path) -> list[str]:
+    """NAME=value words of the demo's settings, for the cars in a folder."""
+    return [*(f'{name}={value}' for name, value in SETTINGS.items()), f'INPUT={folder}']
+
+
 if __name__ == '__main__':
     import command_line
 
@@ -69,25 +75,18 @@ import demo_cars
 
 def main() -> None:
     start = time.monotonic()
-    given = OPTIONS
-    folder = config.path(given.folder or f'{config.INPUT}/demo')
-    demo_cars.make_dataset(folder, given.cars, given.test_cars, given.size, config.SEED)
-    print(
-        f'{given.cars} cars and {given.test_cars} unseen ones from 16 sides in {folder}', flush=True
-    )
-    if given.only_draw:
+    cars, unseen = OPTIONS.cars, OPTIONS.test_cars
+    folder = config.path(OPTIONS.folder or f'{config.INPUT}/demo')
+    demo_cars.make_dataset(folder, cars, unseen, OPTIONS.size, config.SEED)
+    print(f'{cars} cars and {unseen} unseen ones from 16 sides in {folder}', flush=True)
+    if OPTIONS.only_draw:
         return
-    words = [f'{name}={value}' for name, value in SETTINGS.items()]
-    words += given.words
-    words += [
-        f'INPUT={folder}',
-        f'OUTPUT={config.OUTPUT}/demo',
-        f'LOGS_PATH={config.LOGS_PATH}/demo',
-    ]
+    given = [*words(folder), f'OUTPUT={config.OUTPUT}/demo', f'LOGS_PATH={config.LOGS_PATH}/demo']
+    given += OPTIONS.words
     for step in STEPS:
         print(f'\n--- python {step}', flush=True)
         script = Path(__file__).with_name(step)
-        status = subprocess.run([sys.executable, str(script), *words]).returncode
+        status = subprocess.run([sys.executable, str(script), *given]).returncode
         if status:
             sys.exit(status)
     minutes = (time.monotonic() - start) / 60

@@ -11,7 +11,6 @@ batch first; its images then depend on each other. smp's DiceLoss and JaccardLos
 pool the batch, give no gradient on an empty mask and overflow on half-precision logits.
 """
 
-import difflib
 from functools import cached_property
 
 import torch
@@ -205,8 +204,7 @@ def LovaszLoss(px):
 def build_loss(name, classes=1, **args):
     """A fresh loss of LOSSES, called as loss(logits (N, C, H, W), mask (N, H, W))."""
     if name not in LOSSES:
-        names = {known.lower(): known for known in LOSSES}
-        near = difflib.get_close_matches(str(name).lower(), names, 1)
-        meant = f', did you mean {names[near[0]]}?' if near else '.'
-        raise config.UserMistake(f'no loss is called {name!r}{meant} There are {", ".join(LOSSES)}')
+        raise config.UserMistake(
+            f'LOSS: no loss is called {name!r}; {config.nearest(name, LOSSES)}'
+        )
     return LOSSES[name](classes, **args)

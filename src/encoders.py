@@ -4,14 +4,12 @@ An encoder is one of segmentation_models_pytorch's own (`resnet34`, `efficientne
 `tu-<name>`, any of timm's that gives feature maps (`tu-convnext_tiny`).
 """
 
-import difflib
 from pathlib import Path
 
 import safetensors.torch
 import timm
 import torch
 from segmentation_models_pytorch.encoders import encoders as SMP_ENCODERS
-from segmentation_models_pytorch.encoders import get_encoder  # noqa: F401
 
 import config
 
@@ -26,11 +24,9 @@ def check_name(name: str) -> None:
     # timm also takes model.tag, where the tag chooses among its pretrained weights.
     if name in SMP_ENCODERS or (name.startswith('tu-') and timm.is_model(name[3:].split('.')[0])):
         return
-    close = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
     raise config.UserMistake(
-        f"MODEL_NAME: no encoder '{name}'; "
-        + (f'did you mean {" or ".join(close)}? ' if close else '')
-        + 'All names: python test_model.py --list'
+        f"MODEL_NAME: no encoder '{name}'; {config.nearest(name, names())} All names: python "
+        'test_model.py --list'
     )
 
 

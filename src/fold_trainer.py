@@ -14,9 +14,11 @@ from pytorch_lightning.profilers import SimpleProfiler
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+import callbacks
 import config
 import decoders
 import folds
+import model_dispatcher
 import plots
 import runs
 import runtime
@@ -40,7 +42,11 @@ def train_fold(fold: int) -> None:
     pl.seed_everything(config.SEED + fold, workers=True, verbose=False)
     model = CarvanaModel(others, [fold], pretrained=last is None)
     decoders.check_size(model.model, config.crop_size())
+    model_dispatcher.try_out(
+        model.model, config.MODEL_NAME, config.TRAIN_BATCH_SIZE, config.INPUT_SHAPE
+    )
     trainer = make_trainer(fold, last)
+    check_batch_size(fold, trainer.world_size)
     if trainer.is_global_zero:
         print_start(fold, model, trainer)
     try:
@@ -53,11 +59,21 @@ def train_fold(fold: int) -> None:
         held.release()
 
 
+def check_batch_size(fold: int, devices: int) -> None:
+    """Raise config.UserMistake where a device's training images are fewer than one batch."""
+    images = math.ceil((folds.read_folds().kfold != fold).sum() / devices)
+    if images < config.TRAIN_BATCH_SIZE:
+        raise config.UserMistake(
+            f'TRAIN_BATCH_SIZE={config.TRAIN_BATCH_SIZE} is more than the {images} training images '
+            f'that fold {fold} has per device: at most {images}'
+        )
+
+
 def finish(fold: int, trainer, seconds: float) -> None:
     """Write curves, profile and models.csv; say how the fold went and where things are."""
     folder = Path(trainer.logger.log_dir)
     (folder / 'profile.txt').write_text(trainer.profiler.summary())
-    (lines,) = (c for c in trainer.callbacks if isinstance(c, runtime.EpochLines))
+    (lines,) = (c for c in trainer.callbacks if isinstance(c, callbacks.EpochLines))
     draw_curves(fold, folder, lines.history)
     checkpoint = Path(trainer.checkpoint_callback.best_model_path)
     best = tables.enter_model(fold, folder, checkpoint, lines.history)
@@ -97,11 +113,12 @@ def make_trainer(fold: int, last: dict | None):
         accumulate_grad_batches=config.ACCUMULATE_GRAD_BATCHES,
         callbacks=[
             runs.BestCheckpoint(),
-            runtime.EpochLines(fold),
-            *runtime.progress_bars(),
+            callbacks.EpochLines(fold),
+            callbacks.Overlays(),
+            *callbacks.progress_bars(),
         ],
         plugins=[runs.Whole()],
-        enable_progress_bar=bool(runtime.progress_bars()),
+        enable_progress_bar=bool(callbacks.progress_bars()),
         logger=[logger, table],
         profiler=SimpleProfiler(),
         benchmark=True,

@@ -142,7 +142,7 @@ def read_mask(file, classes: int = 1, ignore_index: int | None = None, size=None
     """
     try:
         with Image.open(file) as image:
-            values = stored_values(image, classes)
+            values = stored_values(image, classes, size)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise broken(file, error) from None
     if values is None:
@@ -150,8 +150,7 @@ def read_mask(file, classes: int = 1, ignore_index: int | None = None, size=None
             f'{file}: a coloured mask; save it as class indices (a grey or palette PNG), one value '
             'per class'
         )
-    if size is not None:
-        values = cv2.resize(values, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    values = nearest(values, size)
     found = np.flatnonzero(cv2.calcHist([values], [0], None, [256], [0, 256]))
     table = index_table(found.tolist(), classes, ignore_index)
     if table is None:
@@ -181,10 +180,20 @@ def read_pair(image_file, mask_file, size, channels, classes, ignore_index) -> t
     return image, read_mask(mask_file, classes, ignore_index, size)
 
 
-def stored_values(image: Image.Image, classes: int) -> np.ndarray | None:
-    """The uint8 values (height, width) that a mask holds, see read_mask; None if it is coloured."""
+def nearest(values: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """An array (height, width) resized to `size` by the nearest pixel; as it is for None."""
+    if size is None or values.shape == tuple(size):
+        return values
+    return cv2.resize(values, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def stored_values(image: Image.Image, classes: int, size=None) -> np.ndarray | None:
+    """The uint8 values (height, width) that a mask holds, see read_mask; None if it is coloured.
+
+    Palette indices are resized to `size` first, as looking them up in full takes its time.
+    """
     if image.mode == 'P':
-        indices = np.array(image)
+        indices = nearest(np.asarray(image), size)
         colours = np.array(image.getpalette('RGB'), np.uint8).reshape(-1, 3)
         colours = np.pad(colours, ((0, 256 - len(colours)), (0, 0)))
         used = np.flatnonzero(cv2.calcHist([indices], [0], None, [256], [0, 256]))

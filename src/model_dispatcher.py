@@ -1,7 +1,10 @@
 """MODELS: name -> builder, from an encoder and a decoder: smp_<decoder>_<encoder>."""
 
+import copy
+import shutil
 import warnings
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -41,12 +44,53 @@ def build(decoder: str, encoder: str, weights=None, channels: int = 3, classes: 
 
 
 def unfit(decoder: str, encoder: str, error: Exception) -> config.UserMistake:
-    """The mistake to raise for a decoder and an encoder that do not go together."""
+    """The mistake to raise for a decoder and an encoder that do not go together: with the reason, and
+    the nearest pairs that do."""
     reason = ' '.join(str(error).split())[:200]
+    others = [(other, encoder) for other in ('unet', 'fpn', 'linknet', 'dpt')]
+    others += [(decoder, other) for other in ('resnet34', 'tu-vit_base_patch16_224')]
+    pairs = [f'smp_{d}_{e}' for d, e in others if (d, e) != (decoder, encoder) and builds(d, e)]
+    pairs = dict.fromkeys([*pairs[:1], *pairs[-1:]])
     return config.UserMistake(
         f'MODEL_NAME=smp_{decoder}_{encoder}: {decoder} cannot be built on {encoder} ({reason}); '
-        f'smp_unet_{encoder} and smp_{decoder}_resnet34 are the nearest to try'
+        f'{" and ".join(pairs) or "smp_unet_resnet34"} can'
     )
+
+
+def builds(decoder: str, encoder: str) -> bool:
+    """Whether a pair can be built."""
+    try:
+        decoders.DECODERS[decoder](encoder_name=encoder, encoder_weights=None)
+    except Exception:  # whatever segmentation_models_pytorch or timm say, it does not
+        return False
+    return True
+
+
+def try_out(model: torch.nn.Module, name: str, batch_size: int, shape: tuple) -> None:
+    """Raise config.UserMistake where a training batch of `shape` (channels, height, width) does not
+    go through the model. Nothing is computed: shapes alone go through a copy without memory."""
+    shadow = copy.deepcopy(model).to('meta').train()
+    try:
+        shadow(torch.zeros(batch_size, *shape, device='meta'))
+    except NotImplementedError:
+        return  # an operation that has no such shadow: the first step will tell
+    except Exception as error:  # whatever the model's own checks and layers raise
+        reason = ' '.join(str(error).split())[:200]
+        raise config.UserMistake(
+            f'CROP_SIZE={config.CROP_SIZE}, TRAIN_BATCH_SIZE={batch_size}: {name} does not take such '
+            f'a batch ({reason}): another size, or another model'
+        ) from None
+
+
+def export(model: torch.nn.Module, folder: Path, facts: dict) -> None:
+    """Write a model as segmentation_models_pytorch.from_pretrained reads it; `facts` are added to
+    its config.json, each after an underscore, as names are that do not build the model."""
+    temporary = folder.with_name(f'{folder.name}.tmp')
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.config.update({f'_{name}': value for name, value in facts.items()})
+    model.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 # Every pair of segmentation_models_pytorch's own; the original's seven are among them.

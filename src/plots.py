@@ -128,6 +128,29 @@ def histogram(values, label: str, title: str) -> Figure:
     return fig
 
 
+def precision(table, title: str) -> Figure:
+    """Speed, memory and Dice of the rows of precision.csv, side by side."""
+    fig, axes = figure(1, 3, 3.4, 2.4, title)
+    panels = [
+        ('images_per_second', 'images per second', GREEN, '.1f'),
+        ('peak_memory_mb', 'peak memory, MB', ORANGE, '.0f'),
+        ('val_dice', 'validation Dice', BLUE, '.4f'),
+    ]
+    rows = range(len(table))
+    for axis, (column, label, colour, digits) in zip(axes[0], panels):
+        values = table[column].astype(float)
+        axis.barh(rows, values.fillna(0), color=colour, height=0.6)
+        for row, value in zip(rows, values):
+            text = 'not run' if np.isnan(value) else f'{value:{digits}}'
+            axis.text(np.nan_to_num(value), row, f' {text}', va='center', fontsize=8)
+        axis.margins(x=0.25)
+        axis.set_yticks(rows, table.precision if column == panels[0][0] else [''] * len(table))
+        axis.invert_yaxis()
+        axis.set_xlabel(label)
+        axis.spines[['top', 'right']].set_visible(False)
+    return fig
+
+
 def show(file: Path) -> None:
     """Open a picture where there is a screen; elsewhere the file is all there is."""
     if os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY') or os.name == 'nt':

@@ -1,5 +1,6 @@
 """Run folders LOGS_PATH/version_#: one training at a time, whole checkpoints, what a run left."""
 
+import io
 import os
 import shutil
 from pathlib import Path
@@ -37,6 +38,10 @@ def lock(seconds: float = 10) -> FileLock:
             f'another training is running in {config.LOGS_PATH}: wait for its end, or give this one '
             'a LOGS_PATH and an OUTPUT of its own'
         ) from None
+    except OSError as error:
+        raise config.UserMistake(
+            f'LOGS_PATH={config.LOGS_PATH}: cannot be written ({error.strerror})'
+        ) from None
 
 
 class Whole(TorchCheckpointIO):
@@ -47,9 +52,10 @@ class Whole(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f'{path.name}.tmp')
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
         try:
-            with temporary.open('wb') as file:
-                torch.save(checkpoint, file)
+            temporary.write_bytes(content.getbuffer())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

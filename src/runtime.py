@@ -2,15 +2,12 @@
 
 import logging
 import os
-import sys
 import threading
 import time
 import warnings
 from contextlib import contextmanager
 
 import torch
-from pytorch_lightning.callbacks import Callback, TQDMProgressBar
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import config
 
@@ -37,7 +34,8 @@ def precision() -> tuple[str, str]:
     if on_cuda:
         return '16-mixed', 'float16 where it is safe, with a gradient scaler (native torch AMP)'
     return '32-true', (
-        'float32: PRECISION=16 needs a CUDA GPU, and bfloat16 is slower than float32 on most CPUs'
+        "float32: PRECISION=16 needs a CUDA GPU; on a CPU PRECISION='bf16' may be slower or faster, "
+        'test_precision.py tells'
     )
 
 
@@ -56,49 +54,6 @@ def silence() -> None:
         r".*'pin_memory' argument is set as true but no accelerator is found.*",
     ):
         warnings.filterwarnings('ignore', message=message)
-
-
-def progress_bars() -> list[Callback]:
-    """Lightning's progress bar where somebody watches; it looks at the device every 20 batches."""
-    return [TQDMProgressBar(refresh_rate=20)] if sys.stderr.isatty() else []
-
-
-class EpochLines(Callback):
-    """Prints one aligned line per epoch: losses, scores at CROP_SIZE, seconds.
-
-    `history` has a dictionary of all logged values per epoch; it is part of every checkpoint, so a
-    resumed run has that of the epochs before, whatever became of metrics.csv.
-    """
-
-    def __init__(self, fold: int):
-        self.fold, self.history = fold, []
-
-    def state_dict(self) -> dict:
-        return {'history': self.history}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.history = list(state['history'])
-
-    def on_train_epoch_start(self, trainer, module) -> None:
-        self.start = time.monotonic()
-
-    def on_exception(self, trainer, module, exception) -> None:
-        stopped = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
-        if stopped and trainer.is_global_zero:
-            score = trainer.checkpoint_callback.best_model_score
-            best = 'before its first epoch ended' if score is None else f'at val_dice {score:.4f}'
-            print(f'fold {self.fold} was stopped {best}; RESUME=True goes on from here', flush=True)
-
-    def on_train_epoch_end(self, trainer, module) -> None:
-        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        values |= {'epoch': trainer.current_epoch, 'step': trainer.global_step - 1}
-        self.history.append(values)
-        if trainer.is_global_zero:
-            shown = ('train_loss', 'val_loss', 'val_dice', 'val_iou', 'val_iou_dataset')
-            scores = '  '.join(f'{name} {values[name]:.4f}' for name in shown if name in values)
-            epoch = f'{trainer.current_epoch + 1:3d}/{trainer.max_epochs}'
-            seconds = time.monotonic() - self.start
-            print(f'fold {self.fold}  epoch {epoch}  {scores}  {seconds:6.1f} s', flush=True)
 
 
 def waiting(durations: dict[str, list[float]]) -> float:
@@ -176,10 +131,15 @@ def device_name(trainer) -> str:
     return f'{trainer.world_size} x {kind}' if trainer.world_size > 1 else kind
 
 
-def peak_memory() -> str:
+def peak_megabytes() -> float:
     """The most that this process has held at once: on the GPU, or else in main memory."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return f'{torch.cuda.max_memory_allocated() / 2**20:.0f} MB of the GPU'
-    import resource
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource  # not on Windows
 
-    return f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MB'
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def peak_memory() -> str:
+    """`peak_megabytes` in words."""
+    return f'{peak_megabytes():.0f} MB' + (' of the GPU' if torch.cuda.is_available() else '')

@@ -5,20 +5,24 @@ Writes  nothing.
 
     python test_model.py
     python test_model.py MODEL_NAME=smp_fpn_resnet18 CROP_SIZE=512
-    python test_model.py --list          every decoder and encoder, with parameters where known
+    python test_model.py --list               every decoder and encoder with its parameters: minutes
+    python test_model.py --list convnext      those with convnext in their names
 """
 
+import contextlib
 import sys
 
 import config
 
-WORDS = [word for word in sys.argv[1:] if word != '--list']
+LIST = sys.argv[1:2] == ['--list']  # and what a name must hold, where given
+WORDS = sys.argv[3:] if LIST else sys.argv[1:]
 if __name__ == '__main__':
     import command_line
 
     command_line.start(__doc__, WORDS)
 
 import torch
+from segmentation_models_pytorch.encoders import get_encoder
 
 import decoders
 import encoders
@@ -26,8 +30,8 @@ import model_dispatcher
 
 
 def main() -> None:
-    if '--list' in sys.argv[1:]:
-        list_names()
+    if LIST:
+        list_names(sys.argv[2] if len(sys.argv) > 2 else '')
     else:
         summarise()
 
@@ -57,21 +61,31 @@ def millions(module: torch.nn.Module) -> str:
     return f'{sum(p.numel() for p in module.parameters()) / 1e6:8.2f} M'
 
 
-def list_names() -> None:
-    """Print every decoder with its parameters on resnet34, and every encoder with its own."""
-    print('MODEL_NAME = smp_<decoder>_<encoder>\n\ndecoders, with parameters on resnet34')
+def list_names(text: str) -> None:
+    """Print the decoders and the encoders with `text` in their names, with their parameters."""
+    print('MODEL_NAME = smp_<decoder>_<encoder>\n\ndecoders, with parameters on an encoder')
     for name in decoders.DECODERS:
-        try:
-            model = model_dispatcher.build_model(f'smp_{name}_resnet34')
-            print(f'  {name:14s}{millions(model.decoder)}')
-        except config.UserMistake as mistake:
-            print(f'  {name:14s} {mistake}')
-    print('\nencoders, with parameters')
-    for name in encoders.SMP_ENCODERS:
-        with torch.device('meta'):  # shapes alone
-            print(f'  {name:30s}{millions(encoders.get_encoder(name))}')
-    print('\nencoders of timm that give feature maps at strides that decoders understand')
-    print('  ' + '\n  '.join(name for name in encoders.names() if name.startswith('tu-')))
+        encoder = 'tu-vit_tiny_patch16_224' if name == 'dpt' else 'resnet34'
+        model = model_dispatcher.build(name, encoder)
+        print(f'  {name:14s}{millions(model.decoder)}  ({encoder})')
+    print('\nencoders, with parameters; tu- are those of timm', flush=True)
+    for name in encoders.names():
+        if text in name:
+            encoder, note = sized_encoder(name)
+            if encoder is not None:
+                print(f'  {name:50s}{millions(encoder)}  {note}'.rstrip(), flush=True)
+
+
+def sized_encoder(name: str) -> tuple[torch.nn.Module | None, str]:
+    """An encoder without memory for its weights where it allows that, and what to know of it; None
+    for one that no decoder takes."""
+    with contextlib.suppress(Exception), torch.device('meta'):  # timm's are of too many kinds
+        return get_encoder(name, weights=None), ''
+    with contextlib.suppress(Exception), torch.device('meta'):
+        return decoders.DECODERS['dpt'](name, encoder_weights=None).encoder, 'for dpt alone'
+    if name in encoders.SMP_ENCODERS:  # one that looks at its values while it is built
+        return get_encoder(name, weights=None), ''
+    return None, ''
 
 
 if __name__ == '__main__':

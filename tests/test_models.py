@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import settings
+from segmentation_models_pytorch.encoders import get_encoder
 
 import command_line
 import config
@@ -83,7 +84,7 @@ def test_without_a_connection_the_message_says_what_to_set(monkeypatch):
 
 
 def test_pretrained_weights_come_through_the_hub(tmp_path, monkeypatch):
-    donor = encoders.get_encoder('resnet18')
+    donor = get_encoder('resnet18')
     safetensors.torch.save_file(donor.state_dict(), tmp_path / 'model.safetensors')
     asked = []
 
@@ -100,7 +101,7 @@ def test_pretrained_weights_come_through_the_hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize('prefix', ['', 'encoder.', 'model.encoder.', 'module.', 'backbone.'])
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 def test_weights_files_of_many_layouts(tmp_path, capsys, prefix, suffix):
-    donor = encoders.get_encoder('resnet18')
+    donor = get_encoder('resnet18')
     state = {prefix + name: tensor for name, tensor in donor.state_dict().items()}
     state |= {'fc.weight': torch.zeros(3, 3), 'model.decoder.conv1.weight': torch.zeros(5)}
     file = tmp_path / f'weights{suffix}'

@@ -72,7 +72,9 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(undisturbed, tm
         )
         assert all(torch.equal(first[name], second[name]) for name in first)
         history = pd.read_csv(tmp_path / 'logs' / row.version / 'metrics.csv')
-        assert history[history.val_dice.notna()].epoch.tolist() == list(range(3 if KILLS == 1 else 4))
+        assert history[history.val_dice.notna()].epoch.tolist() == list(
+            range(3 if KILLS == 1 else 4)
+        )
         assert (tmp_path / 'logs' / row.version / 'curves.png').is_file()
     assert len(list((tmp_path / 'logs').glob('version_*'))) == (1 if KILLS == 1 else 2)
     left = {file.name for file in (tmp_path / 'output').iterdir()}

@@ -55,7 +55,7 @@ def test_images_of_different_sizes_share_a_batch(model, tmp_path):
     rows = submission(model)
     for number, size in enumerate([(40, 60), (61, 33), (32, 32)]):
         mask = images.rle_decode(rows[f'{number}.png'], size)
-        alone = Lightning_tester.predict_one(model, tmp_path / f'test/{number}.png', 0.5)
+        alone = predictor.predict_one(model, tmp_path / f'test/{number}.png', 0.5)
         assert np.array_equal(mask, alone)
 
 

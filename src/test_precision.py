@@ -1,0 +1,200 @@
+"""The experiment of the title: the same training in float32, TF32, bfloat16 and float16.
+
+Reads   TRAIN_FOLDS, TRAIN_PATH, MASK_PATH as Lightning_trainer.py does; where there are no training
+        images, it draws the demo's (INPUT/demo) and takes the demo's settings.
+Writes  OUTPUT/precision.csv: precision,images_per_second,step_ms,peak_memory_mb,val_dice,note;
+        OUTPUT/precision.png.
+
+Each row is a process of its own: MODEL_NAME at CROP_SIZE, TRAIN_BATCH_SIZE, LR, LOSS, AUGMENTATION,
+SEED and ENCODER_WEIGHTS, on one device of ACCELERATOR, an optimizer step per batch, the first of
+FOLDS held out. The first 10 steps are not timed. A row that the hardware cannot run says why.
+
+    python test_precision.py
+    python test_precision.py --steps 500 --seeds 3      longer; val_dice is the mean over the seeds
+    python test_precision.py CROP_SIZE=1024 TRAIN_BATCH_SIZE=8 CACHE=True
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import config
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument('--steps', type=int, default=100)
+    parser.add_argument('--seeds', type=int, default=1)
+    parser.add_argument('--row', default=None)  # set for the process of one row
+    parser.add_argument('words', nargs='*')
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    import command_line
+
+    if {'-h', '--help'} & set(sys.argv[1:]):
+        command_line.start(__doc__, ['--help'])
+    OPTIONS = options()
+    command_line.start(__doc__, OPTIONS.words)
+
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+
+import demo
+import demo_cars
+import folds
+import plots
+import runtime
+import tables
+from Lightning_module import CarvanaModel
+
+# name -> PRECISION, and whether float32 products may be computed in TF32
+ROWS = {'32': (32, False), '32 with TF32': (32, True), 'bf16': ('bf16', True), '16': (16, True)}
+WARM_UP = 10  # steps in which cuDNN tries its algorithms and the workers start
+
+
+def main() -> None:
+    if OPTIONS.row is not None:
+        print(json.dumps(measure(OPTIONS.row, OPTIONS.steps)))
+        return
+    start, words = time.monotonic(), OPTIONS.words
+    if not config.path(config.TRAIN_PATH).is_dir():
+        others = [word for word in words if not word.startswith('INPUT=')]
+        words = [*demo.words(config.path(config.INPUT) / 'demo'), *others]
+        words.append(f'TRAIN_FOLDS={config.OUTPUT}/demo/train_folds.csv')
+        print(f'no images in {config.TRAIN_PATH}: on the cars of the demo', flush=True)
+        command_line.override(words)
+        demo_cars.make_dataset(config.path(config.INPUT), demo.CARS, seed=config.SEED)
+        folds.main()
+    folds.check_up_to_date()
+    rows = []
+    for name in ROWS:
+        reason = impossible(name)
+        seeds = range(config.SEED, config.SEED + (0 if reason else OPTIONS.seeds))
+        results = [run_row(name, [*words, f'SEED={seed}']) for seed in seeds]
+        rows.append(summary(name, results, reason))
+        print('  '.join(f'{key} {value}' for key, value in rows[-1].items()), flush=True)
+    table, output = pd.DataFrame(rows), config.path(config.OUTPUT)
+    tables.write_table(table, output / 'precision.csv')
+    title = f'{config.MODEL_NAME}, {config.CROP_SIZE} pixels, {hardware_name()}'
+    plots.save(plots.precision(table, title), output / 'precision.png')
+    print(
+        f'{(time.monotonic() - start) / 60:.1f} minutes; torch {torch.__version__}, '
+        f'pytorch-lightning {pl.__version__}; {config.OUTPUT}/precision.csv, precision.png'
+    )
+
+
+def impossible(name: str) -> str:
+    """Why this hardware cannot run a row; '' where it can."""
+    cuda = config.ACCELERATOR in ('auto', 'gpu', 'cuda') and torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability() if cuda else (0, 0)
+    if name == '32 with TF32' and capability < (8, 0):
+        return 'not run: TF32 needs an NVIDIA GPU of compute capability 8.0 or more'
+    if name == '16' and not cuda:
+        return 'not run: float16 with a gradient scaler needs a CUDA GPU'
+    if name == 'bf16' and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return 'not run: bfloat16 needs a GPU of compute capability 8.0 or more'
+    return ''
+
+
+def hardware_name() -> str:
+    cuda = config.ACCELERATOR in ('auto', 'gpu', 'cuda') and torch.cuda.is_available()
+    return torch.cuda.get_device_name() if cuda else f'CPU with {runtime.cores()} cores'
+
+
+def run_row(name: str, words: list[str]) -> dict:
+    """What `measure` gives, from a process of its own; or {'note': ...} where memory ran out."""
+    command = [sys.executable, __file__, '--row', name, '--steps', str(OPTIONS.steps), *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summary(name: str, results: list[dict], reason: str) -> dict:
+    """A row of precision.csv: medians over the seeds, but the mean of val_dice."""
+    measured = [result for result in results if 'val_dice' in result]
+    row = {'precision': name}
+    for key, digits in (('images_per_second', 2), ('step_ms', 2), ('peak_memory_mb', 0)):
+        values = pd.Series([result[key] for result in measured], dtype=float)
+        row[key] = round(values.median(), digits) if measured else None
+    dice = pd.Series([result['val_dice'] for result in measured], dtype=float)
+    row['val_dice'] = round(dice.mean(), 4) if measured else None
+    notes = list(dict.fromkeys(result['note'] for result in results)) or [reason]
+    if len(measured) > 1:
+        notes.append(f'val_dice of the seeds {", ".join(f"{value:.4f}" for value in dice)}')
+    return {**row, 'note': '; '.join(notes)}
+
+
+class Clock(pl.Callback):
+    """Times the steps after the first ones; the device is waited for twice, not at every step."""
+
+    def __init__(self, warm_up: int):
+        self.warm_up, self.images = warm_up, 0
+
+    def on_train_batch_start(self, trainer, module, batch, batch_index) -> None:
+        if trainer.global_step == self.warm_up:
+            self.start = self.now()
+        if trainer.global_step >= self.warm_up:
+            self.images += len(batch['img'])
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
+        if trainer.global_step == trainer.max_steps:
+            self.seconds = self.now() - self.start
+
+    @staticmethod
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def measure(name: str, steps: int) -> dict:
+    """Train `steps` steps with one precision, then validate: the numbers of a row."""
+    runtime.silence()
+    config.PRECISION, tf32 = ROWS[name]
+    torch.set_float32_matmul_precision('high' if tf32 else 'highest')
+    torch.backends.cudnn.allow_tf32 = tf32
+    held_out = config.FOLDS[0]
+    pl.seed_everything(config.SEED, workers=True, verbose=False)
+    model = CarvanaModel([k for k in range(config.N_FOLDS) if k != held_out], [held_out])
+    clock = Clock(WARM_UP)
+    trainer = pl.Trainer(
+        **{**runtime.hardware(), 'devices': 1, 'num_nodes': 1, 'strategy': 'auto'},
+        max_steps=WARM_UP + steps,
+        limit_val_batches=100,
+        check_val_every_n_epoch=None,
+        val_check_interval=WARM_UP + steps + 1,  # not in between: it would be timed
+        callbacks=[clock],
+        benchmark=True,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        profiler='simple',
+    )
+    try:
+        trainer.fit(model)
+    except torch.OutOfMemoryError:
+        return {'note': 'not run: out of GPU memory'}
+    peak = runtime.peak_megabytes()
+    share = runtime.waiting(trainer.profiler.recorded_durations)
+    trainer.validate(model, verbose=False)
+    done = max(int(state['step']) for state in trainer.optimizers[0].state.values())
+    return {
+        'images_per_second': clock.images / clock.seconds,
+        'step_ms': 1e3 * clock.seconds / steps,
+        'peak_memory_mb': peak,
+        'val_dice': trainer.callback_metrics['val_dice'].item(),
+        'note': f'{WARM_UP + steps - done} of {WARM_UP + steps} steps skipped by the scaler, '
+        f'waited for data {share:.0%} of the time',
+    }
+
+
+if __name__ == '__main__':
+    command_line.run(main)

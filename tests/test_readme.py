@@ -1,0 +1,83 @@
+"""README.md says what is so: its commands are run or checked, its tables compared with the code."""
+
+import ast
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+from conftest import SRC, environment
+
+import command_line
+import config
+import dice_loss
+
+ROOT = SRC.parent
+TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
+BLOCKS = re.findall(r'```bash\n(.*?)```', TEXT, re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every `python script.py ...` in the README, with $WORDS put in."""
+    found = re.findall(r'`(?:\.venv/bin/)?python (\S+\.py[^`\n]*)`', TEXT)
+    for block in BLOCKS:
+        words = re.search(r'WORDS="(.*?)"', block, re.DOTALL)
+        block = block.replace('$WORDS', words[1].replace('\n', ' ') if words else '')
+        found += re.findall(r'\b((?:src|tests)/\w+\.py[^&\n#]*)', block)
+    return found
+
+
+def test_the_scripts_and_words_of_every_command_exist():
+    assert len(commands()) > 20
+    for command in commands():
+        script, *words = shlex.split(command)
+        assert (ROOT / script).is_file(), command
+        words = [word for word in words if re.match(r'[A-Z_]+=', word)]
+        command_line.override(words)
+        command_line.check()
+
+
+def test_every_constant_is_in_the_table_with_its_default():
+    rows = re.findall(r'^\| \w+ \| `([A-Z_]+)` \| (.*?) \| (.+?) \|$', TEXT, re.MULTILINE)
+    table = {name: value.strip('`') for name, value, _ in rows}
+    assert list(table) == list(config.constants())
+    for name, shown in table.items():
+        value = getattr(config, name)
+        if name == 'NUM_WORKERS':
+            continue  # of the machine
+        if shown.startswith('f'):
+            shown = repr(shown[2:-1].format(**config.constants()))
+        assert ast.literal_eval(shown) == value, name
+
+
+def test_every_file_is_in_the_tree_and_every_loss_in_the_table():
+    tree = set(re.findall(r'^  (\w+\.py) ', TEXT, re.MULTILINE))
+    assert tree == {file.name for file in SRC.glob('*.py')}
+    table = TEXT[TEXT.index('| loss |') :].split('\n\n')[0]
+    names = {name for row in table.splitlines()[2:] for name in row.split('|')[1].split(', ')}
+    assert {name.strip() for name in names} == set(dice_loss.LOSSES)
+
+
+def test_the_example_of_ones_own_images_runs_as_it_stands(tmp_path):
+    """The two lines that make the images, and the three steps, from a copy of the project."""
+    shutil.copytree(SRC, tmp_path / 'src', ignore=shutil.ignore_patterns('__pycache__'))
+    make, run = (block for block in BLOCKS if 'own/' in block)
+    short = run.replace('FOLDS=[0]', 'FOLDS=[0] EPOCHS=1 MODEL_NAME=smp_fpn_resnet18')
+    result = subprocess.run(
+        ['bash', '-ec', make + short],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment(),
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert len((tmp_path / 'output/train_folds.csv').read_text().split()) == 25
+    assert (tmp_path / 'output/oof_worst.png').is_file()
+    assert (tmp_path / 'output/model_fold0/config.json').is_file()
+
+
+@pytest.mark.parametrize('link', re.findall(r'!\[.*?\]\((.*?)\)', TEXT))
+def test_the_pictures_are_there(link):
+    assert (ROOT / link).stat().st_size > 10_000

@@ -1,0 +1,166 @@
+"""What a training refuses, in this process where that is enough: one line, earlier results stay."""
+
+import pickle
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SRC, environment
+
+import command_line
+import config
+import fold_trainer
+import folds
+import runs
+import runtime
+import tables
+
+
+class Evil:
+    def __reduce__(self):
+        return exec, ('raise AssertionError("code in a pickle was run")',)
+
+
+@pytest.fixture
+def ready(carvana):
+    """Folds made, and an earlier result in models.csv."""
+    folds.main()
+    history = [{'epoch': 0, 'val_dice': 0.5, 'val_iou': 0.4}]
+    tables.enter_model(3, carvana / 'logs/version_0', carvana / 'old.ckpt', history)
+    return carvana
+
+
+def leave_checkpoint(folder, data: bytes) -> None:
+    """What an earlier run of RESUME=True finds."""
+    config.RESUME = True
+    file = folder / 'logs/version_1/checkpoints/last.ckpt'
+    file.parent.mkdir(parents=True)
+    file.write_bytes(data)
+
+
+def block_logs(folder) -> None:
+    (folder / 'logs').write_text('a file in place of a folder')
+
+
+def give(**constants):
+    return lambda folder: vars(config).update(constants)
+
+
+MISTAKES = {
+    'batch': (give(TRAIN_BATCH_SIZE=9), 'TRAIN_BATCH_SIZE=9 is more than the 8 training .*most 8'),
+    'loss': (give(LOSS='DiceLoss'), "no loss is called 'DiceLoss'; did you mean"),
+    'loss and classes': (give(LOSS='BCE', CLASSES=3), 'BCE is not for CLASSES=3'),
+    'loss arguments': (give(LOSS_ARGS={'alhpa': 1}), 'IoULoss has no argument alhpa. It takes'),
+    'decoder': (give(MODEL_NAME='smp_unett_resnet18'), "no decoder 'unett'; did you mean unet"),
+    'encoder': (give(MODEL_NAME='smp_unet_resnet19'), "no encoder 'resnet19'; did you mean"),
+    'pair': (give(MODEL_NAME='smp_dpt_resnet18'), 'dpt cannot be built on resnet18'),
+    'size': (give(MODEL_NAME='smp_fpn_resnet18', CROP_SIZE=50), 'CROP_SIZE=50: FPN takes multiples'),
+    'fixed size': (give(MODEL_NAME='smp_dpt_tu-vit_tiny_patch16_224', CROP_SIZE=96), 'CROP_SIZE=96'),
+    'one image': (give(MODEL_NAME='smp_deeplabv3_resnet18', TRAIN_BATCH_SIZE=1), 'TRAIN_BATCH_SIZE=1'),
+    'weights': (give(ENCODER_WEIGHTS='imagenet22k'), "ENCODER_WEIGHTS='imagenet22k': neither a file"),
+    'weights file': (give(ENCODER_WEIGHTS='gone.pth'), 'gone.pth: no such file'),
+    'empty checkpoint': (lambda f: leave_checkpoint(f, b''), 'last.ckpt: cannot be read'),
+    'cut checkpoint': (lambda f: leave_checkpoint(f, b'PK\3\4' + bytes(9)), 'last.ckpt: cannot be'),
+    'pickle': (lambda f: leave_checkpoint(f, pickle.dumps(Evil())), 'last.ckpt: cannot be read'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_mistakes_end_before_the_training(ready, mistake):
+    earlier = tables.models_file().read_bytes()
+    make, message = MISTAKES[mistake]
+    make(ready)
+    with pytest.raises(config.UserMistake, match=message) as raised:
+        fold_trainer.train_fold(0)
+    assert '\n' not in str(raised.value)
+    assert tables.models_file().read_bytes() == earlier
+    assert not list((ready / 'logs').rglob('events.*'))
+
+
+def test_a_second_training_in_the_same_folder_is_refused(ready):
+    held = runs.lock()
+    command = [sys.executable, '-c', 'import runs; runs.lock(0.2)']
+    code = (
+        f'import config, runs; config.LOGS_PATH={str(ready / "logs")!r}\n'
+        'try: runs.lock(0.2)\nexcept config.UserMistake as mistake: print(mistake)'
+    )
+    command = [sys.executable, '-c', code]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=SRC).stdout
+    assert 'another training is running in' in told and 'LOGS_PATH' in told
+    held.release()
+    assert not subprocess.run(command, capture_output=True, text=True, cwd=SRC).stdout
+
+
+def test_an_unwritable_folder_is_told_in_one_line(ready, capsys):
+    block_logs(ready)
+    with pytest.raises(SystemExit) as ended:
+        command_line.run(lambda: fold_trainer.train_fold(0))
+    assert re.match(r'LOGS_PATH=\S+logs: cannot be written', str(ended.value.code))
+
+
+def test_a_full_disk_is_told_in_one_line(ready, tmp_path):
+    """A limit on the size of files stands for the disk: checkpoints do not fit."""
+    names = ('INPUT', 'OUTPUT', 'LOGS_PATH', 'CROP_SIZE', 'MODEL_NAME', 'NUM_WORKERS')
+    words = [f'{name}={getattr(config, name)}' for name in names]
+    words += ['FOLDS=[0]', 'ENCODER_WEIGHTS=None', 'EPOCHS=1']
+    result = subprocess.run(
+        [sys.executable, SRC / 'Lightning_trainer.py', *words],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)),
+    )
+    assert result.returncode == 1
+    assert 'make room' in result.stderr and result.stderr.count('\n') == 1, result.stderr
+    assert not list(tmp_path.rglob('*.tmp')) and not list(tmp_path.rglob('*.ckpt'))
+    assert tables.read_models().fold.tolist() == [3]
+
+
+def test_out_of_gpu_memory_says_what_to_try():
+    config.TRAIN_BATCH_SIZE, config.ACCUMULATE_GRAD_BATCHES, config.CROP_SIZE = 4, 8, 1024
+    told = pytest.raises(config.UserMistake, match=r'SIZE=2 .*BATCHES=16.*\(768, 768\)')
+    with told, runtime.told_plainly():
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    config.TRAIN_BATCH_SIZE = 1
+    told = pytest.raises(config.UserMistake, match=r'try CROP_SIZE=\(768, 768\)')
+    with told, runtime.told_plainly():
+        raise torch.OutOfMemoryError('CUDA out of memory')
+
+
+def test_bugs_keep_their_traceback():
+    with pytest.raises(RuntimeError, match='a bug'), runtime.told_plainly():
+        raise RuntimeError('a bug')
+    with pytest.raises(FileNotFoundError):
+        command_line.run(lambda: Path('/nowhere/at/all').read_text())
+
+
+@pytest.mark.parametrize(
+    ('durations', 'share'),
+    [
+        ({}, 0.0),
+        # The first batch's 5 seconds are the workers' start: 1.5 of 10 seconds remain.
+        (
+            {
+                'run_training_epoch': [9.0, 6.0],
+                '[_TrainingEpochLoop].train_dataloader_next': [5.0, 0.5, 0.5],
+                '[_EvaluationLoop].val_next': [0.0, 0.5],
+            },
+            0.15,
+        ),
+    ],
+)
+def test_the_share_of_waiting_by_hand(durations, share):
+    assert runtime.waiting(durations) == pytest.approx(share)
+
+
+def test_advice_where_the_device_waits(monkeypatch):
+    monkeypatch.setattr(runtime, 'cores', lambda: 4)
+    config.NUM_WORKERS = 2
+    assert runtime.advice(0.1) == ''
+    assert 'NUM_WORKERS from 2 to 4' in runtime.advice(0.11)
+    config.NUM_WORKERS = 4
+    assert 'CACHE=True' in runtime.advice(0.5)
