@@ -121,9 +121,8 @@ def override(words: list[str]) -> None:
         if not equals:
             raise config.UserMistake(f"'{word}' is not a NAME=value word, such as EPOCHS=1")
         if name not in DEFAULTS:
-            raise config.UserMistake(
-                f"'{name}' is no constant of config.py: {config.nearest(name, DEFAULTS)}"
-            )
+            meant = config.nearest(name, DEFAULTS) or f'legal names: {", ".join(DEFAULTS)}'
+            raise config.UserMistake(f"'{name}' is no constant of config.py: {meant.strip()}")
         try:
             given[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

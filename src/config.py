@@ -98,9 +98,9 @@ def constants() -> dict:
 
 
 def nearest(name: str, names) -> str:
-    """'did you mean A or B?' for a misspelt name; else all the names, where they are few."""
+    """'did you mean A or B? ' for a misspelt name; '' where no name is like it."""
     lower = {known.lower(): known for known in names}
-    close = [lower[key] for key in difflib.get_close_matches(str(name).lower(), lower, 3, 0.6)]
-    if close:
-        return f'did you mean {" or ".join(close)}?'
-    return f'legal: {", ".join(names)}' if len(lower) < 60 else ''
+    number = 1 if str(name).lower() in lower else 3  # the same but for capitals: no other is meant
+    close = difflib.get_close_matches(str(name).lower(), lower, number, 0.6)
+    close = [lower[key] for key in close]
+    return f'did you mean {" or ".join(close)}? ' if close else ''

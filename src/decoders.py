@@ -12,7 +12,8 @@ def check_name(name: str) -> None:
     """Raise config.UserMistake, with the legal names, for a decoder that does not exist."""
     if name not in DECODERS:
         raise config.UserMistake(
-            f"MODEL_NAME: no decoder '{name}'; {config.nearest(name, DECODERS)}"
+            f"MODEL_NAME: no decoder '{name}'; {config.nearest(name, DECODERS)}legal: "
+            + ', '.join(DECODERS)
         )
 
 

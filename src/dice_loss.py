@@ -205,6 +205,7 @@ def build_loss(name, classes=1, **args):
     """A fresh loss of LOSSES, called as loss(logits (N, C, H, W), mask (N, H, W))."""
     if name not in LOSSES:
         raise config.UserMistake(
-            f'LOSS: no loss is called {name!r}; {config.nearest(name, LOSSES)}'
+            f'LOSS: no loss is called {name!r}; {config.nearest(name, LOSSES)}legal: '
+            + ', '.join(LOSSES)
         )
     return LOSSES[name](classes, **args)

@@ -25,7 +25,7 @@ def check_name(name: str) -> None:
     if name in SMP_ENCODERS or (name.startswith('tu-') and timm.is_model(name[3:].split('.')[0])):
         return
     raise config.UserMistake(
-        f"MODEL_NAME: no encoder '{name}'; {config.nearest(name, names())} All names: python "
+        f"MODEL_NAME: no encoder '{name}'; {config.nearest(name, names())}all names: python "
         'test_model.py --list'
     )
 

@@ -145,13 +145,11 @@ def test_a_checkpoint_and_a_folder_are_enough_to_predict(trained, tmp_path):
 @pytest.mark.parametrize(
     ('script', 'extra', 'message'),
     [
-        ('Lightning_trainer.py', ['LOSS=IouLoss'], 'IoULoss'),
         (
             'Lightning_trainer.py',
             ['LR=1e30', 'ACCUMULATE_GRAD_BATCHES=2'],
             'the loss is nan in epoch',
         ),
-        ('Lightning_tester.py', ['OUTPUT={}/none'], 'run Lightning_trainer.py'),
     ],
 )
 def test_mistakes_end_with_one_line(trained, script, extra, message):

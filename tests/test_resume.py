@@ -15,6 +15,11 @@ import torch
 from conftest import SRC, environment, make_carvana, run_script, settings
 from PIL import Image
 
+import command_line
+import config
+import fold_trainer
+import runs
+
 # By hand, some ten minutes: KILLS=20 python -m pytest tests/test_resume.py -k again
 KILLS = int(os.environ.get('KILLS', 1))
 SETTINGS = ['N_FOLDS=3', 'EPOCHS=3', 'MODEL_NAME=smp_fpn_resnet18', 'NUM_WORKERS=0']
@@ -82,32 +87,60 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(undisturbed, tm
     assert not list(tmp_path.rglob('*.tmp'))
 
 
-def test_finished_folds_are_left_alone_and_other_constants_refused(undisturbed):
+def test_finished_folds_are_left_alone_and_other_constants_refused(undisturbed, capsys):
     folder, words = undisturbed
     before = (folder / 'output/models.csv').read_bytes()
-    result = run_script('Lightning_trainer.py', *words, 'RESUME=True')
-    assert result.returncode == 0 and 'has its 3 epochs' in result.stdout
+    command_line.override([*words, 'RESUME=True'])
+    fold_trainer.train_fold(0)
+    assert f'fold 0 has its {config.EPOCHS} epochs' in capsys.readouterr().out
     assert (folder / 'output/models.csv').read_bytes() == before
-    result = run_script('Lightning_trainer.py', *words, 'RESUME=True', 'LR=0.5', 'LOSS=CE')
-    assert result.returncode == 1 and 'Traceback' not in result.stderr
-    assert 'LOSS=IoULoss' in result.stderr and 'LR=0.001' in result.stderr
+    command_line.override([*words, 'RESUME=True', 'LR=0.5', 'LOSS=CE'])
+    with pytest.raises(config.UserMistake, match='begun with LOSS=IoULoss, LR=0.001: set the same'):
+        fold_trainer.train_fold(0)
+    command_line.override([*words, 'RESUME=True', 'EPOCHS=2'])
+    with pytest.raises(config.UserMistake, match=r'begun with EPOCHS=\d: set the same'):
+        fold_trainer.train_fold(0)
 
 
-def test_more_epochs_go_on_from_the_last_in_a_folder_that_was_moved(undisturbed, tmp_path):
+def test_more_epochs_go_on_from_the_last_in_a_folder_that_was_moved(undisturbed, tmp_path, capsys):
     folder, words = undisturbed
     shutil.copytree(folder / 'logs', tmp_path / 'moved')
     best = pd.read_csv(folder / 'output/models.csv').checkpoint[0]
-    moved = [f'LOGS_PATH={tmp_path}/moved', f'OUTPUT={tmp_path}/output', 'FOLDS=[0]', 'EPOCHS=4']
-    table = f'TRAIN_FOLDS={folder}/output/train_folds.csv'
-    result = run_script('Lightning_trainer.py', *words, *moved, table, 'RESUME=True')
-    assert result.returncode == 0, result.stderr
-    assert 'epoch   4/4' in result.stdout and 'epoch   3/4' not in result.stdout
+    moved = [f'LOGS_PATH={tmp_path}/moved', f'OUTPUT={tmp_path}/output', 'EPOCHS=5', 'RESUME=True']
+    command_line.override([*words, *moved, f'TRAIN_FOLDS={folder}/output/train_folds.csv'])
+    fold_trainer.train_fold(0)
+    told = capsys.readouterr().out
+    assert 'epoch   5/5' in told and 'epoch   3/5' not in told
     row = pd.read_csv(tmp_path / 'output/models.csv').iloc[0]
     assert os.path.dirname(row.checkpoint) == f'{tmp_path}/moved/version_0/checkpoints'
     assert os.path.isfile(row.checkpoint)
     history = pd.read_csv(tmp_path / 'moved/version_0/metrics.csv')
-    assert row.val_dice == history.val_dice.max() and len(history.val_dice.dropna()) == 4
+    assert row.val_dice == history.val_dice.max() and len(history.val_dice.dropna()) == 5
     assert os.path.isfile(folder / best)  # what was moved from is left alone
+
+
+def test_what_kills_leave_behind_is_cleared_up(undisturbed, tmp_path):
+    """A kill between the best checkpoint and last.ckpt, one before any, and somebody's own folder."""
+    folder, words = undisturbed
+    shutil.copytree(folder / 'logs', tmp_path / 'logs')
+    command_line.override([*words, f'LOGS_PATH={tmp_path}/logs', 'RESUME=True'])
+    checkpoints = tmp_path / 'logs/version_0/checkpoints'
+    whole = runs.last_run(0)
+    state = torch.load(checkpoints / 'last.ckpt', weights_only=True)
+    state['epoch'] += 1  # as if the next epoch's best had been written, and last.ckpt not yet
+    key = next(key for key in state['callbacks'] if 'Checkpoint' in key)
+    state['callbacks'][key]['best_model_path'] = '/elsewhere/epoch=9-val_dice=0.9999.ckpt'
+    newer = checkpoints / 'epoch=9-val_dice=0.9999.ckpt'
+    torch.save(state, newer)
+    (tmp_path / 'logs/version_1/checkpoints').mkdir(parents=True)
+    (tmp_path / 'logs/version_1/hparams.yaml').write_text('')
+    (tmp_path / 'logs/version_2').mkdir()
+    (tmp_path / 'logs/version_2/notes.txt').write_text('mine')
+    found = runs.last_run(0)
+    assert found['file'] == found['best'] == newer and found['epoch'] == whole['epoch'] + 1
+    assert list(checkpoints.iterdir()) == [newer]
+    assert {f.name for f in (tmp_path / 'logs').glob('v*')} == {'version_0', 'version_2'}
+    assert runs.last_run(1) is None
 
 
 def test_sigterm_ends_tidily(undisturbed, tmp_path):

@@ -79,6 +79,13 @@ def test_sample_submission_gives_the_order(model, tmp_path, capsys):
     assert '1 images of' in told and 'gone.png' in told and 'are not in' in told and 'b.png' in told
 
 
+def test_without_a_trained_model_the_next_step_is_named(model):
+    with pytest.raises(
+        config.UserMistake, match=r'models\.csv: no such file: run Lightning_trainer'
+    ):
+        Lightning_tester.load_models()
+
+
 def test_a_checkpoint_that_is_missing_or_no_checkpoint_is_named(tmp_path):
     (tmp_path / 'text.ckpt').write_text('hello')
     for name, message in (('gone.ckpt', 'no such checkpoint'), ('text.ckpt', 'not a checkpoint')):
