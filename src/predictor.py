@@ -157,7 +157,8 @@ def predict(predictor, data: ImageFiles, target: Path, line, settings: dict, gat
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    trainer.predict(predictor, return_predictions=False)
+    with runtime.told_plainly(training=False):
+        trainer.predict(predictor, return_predictions=False)
     return writer
 
 

@@ -97,21 +97,25 @@ def follow_parent() -> None:
 
 
 @contextmanager
-def told_plainly():
-    """Turn what may happen to any training, and is no bug, into a message that says what to do."""
+def told_plainly(training: bool = True):
+    """Turn what may happen to any run, and is no bug, into a message that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError:
-        batch, window = config.TRAIN_BATCH_SIZE, config.ACCUMULATE_GRAD_BATCHES
-        smaller = f'CROP_SIZE={tuple(side * 3 // 4 // 32 * 32 for side in config.crop_size())}'
-        if batch > 1:
-            smaller = (
-                f'TRAIN_BATCH_SIZE={batch // 2} with ACCUMULATE_GRAD_BATCHES={window * 2} (the same '
-                f'images per step), or {smaller}'
-            )
+        train, val, window = (
+            config.TRAIN_BATCH_SIZE, config.VAL_BATCH_SIZE, config.ACCUMULATE_GRAD_BATCHES,
+        )  # fmt: skip
+        if training:
+            tries = [f'CROP_SIZE={tuple(side * 3 // 4 // 32 * 32 for side in config.crop_size())}']
+            if train > 1:
+                same = f'ACCUMULATE_GRAD_BATCHES={window * 2} (the same images per step)'
+                tries.insert(0, f'TRAIN_BATCH_SIZE={train // 2} with {same}')
+        else:
+            tries = [f'VAL_BATCH_SIZE={val // 2}' if val > 1 else 'fewer FOLDS at once']
+        sizes = f'TRAIN_BATCH_SIZE={train}, ' * training + f'VAL_BATCH_SIZE={val}'
         raise config.UserMistake(
-            f'out of GPU memory with TRAIN_BATCH_SIZE={batch}, VAL_BATCH_SIZE={config.VAL_BATCH_SIZE}, '
-            f'CROP_SIZE={config.CROP_SIZE}, PRECISION={config.PRECISION}: try {smaller}'
+            f'out of GPU memory with {sizes}, CROP_SIZE={config.CROP_SIZE}, '
+            f'PRECISION={config.PRECISION}: try {", or ".join(tries)}'
         ) from None
     except RuntimeError as error:
         words = str(error).lower()

@@ -66,7 +66,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(undisturbed, tm
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     for script in ('Lightning_trainer.py', 'Lightning_tester.py'):
-        result = run_script(script, *words)
+        result = run_script(script, *words, 'NUM_WORKERS=4')
         assert result.returncode == 0, result.stderr
     for name in ('models.csv', 'oof.csv'):
         first, second = (folder / 'output' / name for folder in (undisturbed[0], tmp_path))

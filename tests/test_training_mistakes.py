@@ -125,6 +125,13 @@ def test_out_of_gpu_memory_says_what_to_try():
         raise torch.OutOfMemoryError('CUDA out of memory')
 
 
+def test_out_of_gpu_memory_in_the_tester_says_what_to_try():
+    for size, remedy in ((4, 'try VAL_BATCH_SIZE=2'), (1, 'try fewer FOLDS')):
+        config.VAL_BATCH_SIZE = size
+        with pytest.raises(config.UserMistake, match=remedy), runtime.told_plainly(training=False):
+            raise torch.OutOfMemoryError('CUDA out of memory')
+
+
 def test_bugs_keep_their_traceback():
     with pytest.raises(RuntimeError, match='a bug'), runtime.told_plainly():
         raise RuntimeError('a bug')
