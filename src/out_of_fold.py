@@ -142,8 +142,7 @@ def draw(table: pd.DataFrame, models: dict, threshold: float, count: int = 4) ->
             (row.img, 'truth', f'prediction, Dice {row.dice:.4f}', 'errors'),
         ):
             plots.show_image(axis, picture, title)
-    entries = plots.class_legend(some.CLASSES)
-    plots.legend(fig, {**entries, 'missed': plots.MISSED, 'added': plots.ADDED})
+    plots.legend(fig, plots.class_legend(some.CLASSES) | plots.error_legend(some.CLASSES))
     output = config.path(config.OUTPUT)
     plots.save(fig, output / 'oof_worst.png')
     title = f'{len(table)} images out of fold, mean {table.dice.mean():.4f}'

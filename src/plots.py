@@ -10,7 +10,18 @@ from matplotlib.figure import Figure
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, BLACK = (
     '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000',
 )  # fmt: skip
+# From the ninth class on the muted colours of Paul Tol, safe as well, though with that many none is.
 CLASS_COLOURS = [GREEN, ORANGE, PINK, SKY, YELLOW, BLUE, RED, '#999999']
+CLASS_COLOURS += [
+    '#332288',
+    '#88CCEE',
+    '#117733',
+    '#999933',
+    '#DDCC77',
+    '#CC6677',
+    '#882255',
+    '#AA4499',
+]
 MISSED, ADDED = BLUE, RED  # foreground not found; background taken for it
 
 
@@ -72,6 +83,11 @@ def legend(fig: Figure, entries: dict[str, str]) -> None:
     fig.legend(handles=handles, loc='outside lower center', ncols=8, fontsize=8, frameon=False)
 
 
+def error_legend(classes: int) -> dict[str, str]:
+    """Entries of `legend` for the colours of `errors`."""
+    return {'missed' if classes == 1 else 'missed, or another class': MISSED, 'added': ADDED}
+
+
 def class_legend(classes: int) -> dict[str, str]:
     """Entries of `legend` for the colours of `overlay`."""
     if classes == 1:
@@ -108,6 +124,8 @@ def curves(table, title: str) -> Figure:
                 )
         axis.set_xlabel('epoch')
         axis.set_ylabel(label)
+        if label == 'learning rate':
+            axis.set_ylim(bottom=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, frameon=False)

@@ -9,6 +9,7 @@ import torch
 import yaml
 from conftest import make_carvana, run_script, settings
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 
 import command_line
@@ -48,7 +49,8 @@ def test_the_files_of_the_contract_are_there(trained):
             'hparams.yaml',
         ):
             assert (version / name).stat().st_size > 0
-        assert list(version.glob('events.out.tfevents*'))
+        events = EventAccumulator(str(version)).Reload().Tags()
+        assert 'truth and prediction' in events['images'] and 'val_dice' in events['scalars']
         saved = yaml.safe_load((version / 'hparams.yaml').read_text())
         assert set(config.constants()) < set(saved) and saved['val_folds'] == [row.fold]
         history = pd.read_csv(version / 'metrics.csv')

@@ -1,0 +1,73 @@
+"""test_precision.py's rows, measured in this process: numbers, notes, the table and the picture."""
+
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+
+import command_line
+import config
+import folds
+import test_precision
+
+COLUMNS = ['precision', 'images_per_second', 'step_ms', 'peak_memory_mb', 'val_dice', 'note']
+
+
+@pytest.fixture
+def experiment(carvana, monkeypatch):
+    folds.main()
+    options = SimpleNamespace(steps=3, seeds=2, row=None, words=['ACCELERATOR=cpu'])
+    monkeypatch.setattr(test_precision, 'OPTIONS', options, raising=False)
+
+    def in_this_process(name, words):
+        before = dict(vars(config))
+        vars(config).update(SEED=int(words[-1].partition('=')[2]))
+        try:
+            return test_precision.measure(name, options.steps)
+        finally:
+            vars(config).update(before)
+
+    monkeypatch.setattr(test_precision, 'run_row', in_this_process)
+    monkeypatch.setattr(test_precision, 'WARM_UP', 1)
+    return carvana
+
+
+def test_the_table_has_a_row_for_each_precision_and_says_why_one_is_missing(experiment):
+    test_precision.main()
+    table = pd.read_csv(experiment / 'output/precision.csv', dtype={'precision': str})
+    assert table.columns.tolist() == COLUMNS
+    assert table.precision.tolist() == ['32', '32 with TF32', 'bf16', '16']
+    rows = table.set_index('precision')
+    for name in ('32', 'bf16'):
+        row = rows.loc[name]
+        # 8 training images in batches of 4; medians over two seeds, each by itself.
+        assert row.images_per_second * row.step_ms / 1e3 == pytest.approx(4, rel=0.2)
+        assert 100 < row.peak_memory_mb < 1e5 and 0 <= row.val_dice <= 1
+        assert row.note.startswith('0 of 4 steps skipped by the scaler')
+        seeds = [float(word) for word in row.note.rpartition('seeds ')[2].split(', ')]
+        assert len(seeds) == 2 and sum(seeds) / 2 == pytest.approx(row.val_dice, abs=1e-4)
+    for name, reason in (('32 with TF32', 'compute capability 8.0'), ('16', 'CUDA GPU')):
+        assert rows.loc[name].drop('note').isna().all() and reason in rows.loc[name].note
+    assert (experiment / 'output/precision.png').stat().st_size > 10_000
+
+
+def test_precisions_differ(experiment):
+    command_line.override([*experiment_words(experiment), 'SEED=1'])
+    first = test_precision.measure('32', 3)
+    half = test_precision.measure('bf16', 3)
+    assert half['val_dice'] != first['val_dice']
+
+
+def experiment_words(folder) -> list[str]:
+    names = ('INPUT', 'OUTPUT', 'CROP_SIZE', 'MODEL_NAME', 'NUM_WORKERS', 'ACCELERATOR')
+    return [*(f'{name}={getattr(config, name)}' for name in names), 'ENCODER_WEIGHTS=None']
+
+
+def test_no_memory_is_a_note_and_a_row_without_numbers(experiment, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+
+    monkeypatch.setattr('pytorch_lightning.Trainer.fit', full)
+    row = test_precision.summary('32', [test_precision.measure('32', 3)], '')
+    assert row['note'] == 'not run: out of GPU memory' and row['val_dice'] is None
