@@ -124,7 +124,8 @@ def predict_test(models: dict[int, CarvanaModel], threshold: float) -> None:
     draw_test(files, writer, classes)
     writer.remove_parts()
     print(
-        f'{len(files)} images of {config.TEST_PATH}: {config.OUTPUT}/submission.csv, test_samples.png'
+        f'{len(files)} images of {tables.relative(folder)}: {config.OUTPUT}/submission.csv, '
+        'test_samples.png'
     )
 
 

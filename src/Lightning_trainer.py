@@ -80,10 +80,8 @@ def environment(fold: int) -> dict:
     own = {**os.environ, 'TRAINS_ONE_FOLD': 'yes'}
     if 'MASTER_PORT' in own:
         own['MASTER_PORT'] = str(int(own['MASTER_PORT']) + 1 + fold)
-        own['TORCHELASTIC_USE_AGENT_STORE'] = (
-            'False'  # the agent's is at the port that it was given
-        )
-    elif 'SLURM_JOB_ID' in own:
+        own['TORCHELASTIC_USE_AGENT_STORE'] = 'False'  # which is at the port that it was given
+    elif int(own.get('SLURM_NTASKS') or 1) > 1:
         own['MASTER_PORT'] = str(15000 + 100 * (int(own['SLURM_JOB_ID']) % 100) + fold)
     return own
 

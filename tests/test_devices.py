@@ -85,3 +85,20 @@ def children(pid: int) -> list[int]:
 def environ(pid: int) -> bytes:
     with open(f'/proc/{pid}/environ', 'rb') as file:
         return file.read()
+
+
+def test_the_folds_processes_meet_at_ports_of_their_own(monkeypatch):
+    """Under torchrun, whose agent keeps its own port, and under SLURM; elsewhere Lightning chooses."""
+    import Lightning_trainer
+
+    for name in ('MASTER_PORT', 'SLURM_NTASKS', 'SLURM_JOB_ID'):
+        monkeypatch.delenv(name, raising=False)
+    assert 'MASTER_PORT' not in Lightning_trainer.environment(2)
+    monkeypatch.setenv('SLURM_JOB_ID', '123456')
+    assert 'MASTER_PORT' not in Lightning_trainer.environment(2)
+    monkeypatch.setenv('SLURM_NTASKS', '4')
+    ports = {Lightning_trainer.environment(fold)['MASTER_PORT'] for fold in range(5)}
+    assert len(ports) == 5 and all(15000 <= int(port) < 65536 for port in ports)
+    monkeypatch.setenv('MASTER_PORT', '29500')
+    found = Lightning_trainer.environment(2)
+    assert found['MASTER_PORT'] == '29503' and found['TORCHELASTIC_USE_AGENT_STORE'] == 'False'
