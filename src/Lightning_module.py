@@ -153,6 +153,9 @@ class CarvanaModel(pl.LightningModule):
             self.hparams.TRAIN_BATCH_SIZE,
         )
         sampler = EpochSampler(data, *self.ranks(), shuffle=True, seed=self.hparams.SEED)
+        if self._trainer:
+            # Workers are sent the first items before Lightning tells a resumed run's epoch.
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
         # A last batch of one image gives batch normalisation nothing to average over.
         lonely = batch_size > 1 and len(sampler) % batch_size == 1
         return self.loader(data, batch_size, sampler, drop_last=lonely)

@@ -113,6 +113,7 @@ def make_trainer(fold: int, last: dict | None):
         accumulate_grad_batches=config.ACCUMULATE_GRAD_BATCHES,
         callbacks=[
             runs.BestCheckpoint(),
+            runs.last_checkpoint(),
             callbacks.EpochLines(fold),
             callbacks.Overlays(),
             *callbacks.progress_bars(),

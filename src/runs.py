@@ -62,14 +62,13 @@ class Whole(TorchCheckpointIO):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """The checkpoint with the best val_dice, and last.ckpt; also in a folder that was moved."""
+    """The checkpoint with the best val_dice; also in a folder that was moved."""
 
     def __init__(self):
         super().__init__(
             filename='{epoch}-{val_dice:.4f}',
             monitor='val_dice',
             mode='max',
-            save_last=True,
             save_on_train_epoch_end=True,
         )
 
@@ -80,6 +79,13 @@ class BestCheckpoint(ModelCheckpoint):
         paths = {key: here(state[key]) for key in state if key.endswith('model_path')}
         best = {here(file): score for file, score in state['best_k_models'].items()}
         super().load_state_dict({**state, **paths, 'dirpath': self.dirpath, 'best_k_models': best})
+
+
+def last_checkpoint() -> ModelCheckpoint:
+    """Writes last.ckpt after each epoch. (`save_last` does so after those alone that were the best.)"""
+    return ModelCheckpoint(
+        filename='last', enable_version_counter=False, save_on_train_epoch_end=True
+    )
 
 
 def last_run(fold: int) -> dict | None:
@@ -105,7 +111,7 @@ def last_run(fold: int) -> dict | None:
         if state['hyper_parameters']['val_folds'] != [fold]:
             continue
         check_constants(folder.name, state['hyper_parameters'])
-        (checkpoints,) = (v for k, v in state['callbacks'].items() if 'Checkpoint' in k)
+        (checkpoints,) = (v for k, v in state['callbacks'].items() if k.startswith('Best'))
         best = file.with_name(Path(checkpoints['best_model_path']).name)
         for other in set(files) - {file, best}:
             other.unlink(missing_ok=True)

@@ -119,6 +119,36 @@ def test_more_epochs_go_on_from_the_last_in_a_folder_that_was_moved(undisturbed,
     assert os.path.isfile(folder / best)  # what was moved from is left alone
 
 
+def test_a_resumed_run_is_the_same_with_workers(undisturbed, tmp_path):
+    folder, words = undisturbed
+    states = []
+    for workers in (0, 2):
+        logs = tmp_path / str(workers)
+        shutil.copytree(folder / 'logs', logs)
+        given = [f'LOGS_PATH={logs}', f'OUTPUT={tmp_path}/output', f'NUM_WORKERS={workers}']
+        given += [f'TRAIN_FOLDS={folder}/output/train_folds.csv', 'EPOCHS=5', 'RESUME=True']
+        command_line.override([*words, *given])
+        fold_trainer.train_fold(0)
+        file = logs / 'version_0/checkpoints/last.ckpt'
+        states.append(torch.load(file, weights_only=True)['state_dict'])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_an_epoch_that_is_not_the_best_is_kept_as_the_last(undisturbed, tmp_path, capsys):
+    folder, words = undisturbed
+    given = [f'LOGS_PATH={tmp_path}/logs', f'OUTPUT={tmp_path}/output', 'EPOCHS=2', 'LR=1e-12']
+    given.append(f'TRAIN_FOLDS={folder}/output/train_folds.csv')
+    command_line.override([*words, *given])
+    fold_trainer.train_fold(0)
+    files = [file.name for file in (tmp_path / 'logs/version_0/checkpoints').iterdir()]
+    assert len(files) == 2 and 'last.ckpt' in files
+    config.RESUME = True
+    found = runs.last_run(0)
+    assert found['epoch'] == 1 and len(found['history']) == 2 and found['best'].is_file()
+    fold_trainer.train_fold(0)
+    assert 'fold 0 has its 2 epochs' in capsys.readouterr().out
+
+
 def test_what_kills_leave_behind_is_cleared_up(undisturbed, tmp_path):
     """A kill between the best checkpoint and last.ckpt, one before any, and somebody's own folder."""
     folder, words = undisturbed
@@ -128,7 +158,7 @@ def test_what_kills_leave_behind_is_cleared_up(undisturbed, tmp_path):
     whole = runs.last_run(0)
     state = torch.load(checkpoints / 'last.ckpt', weights_only=True)
     state['epoch'] += 1  # as if the next epoch's best had been written, and last.ckpt not yet
-    key = next(key for key in state['callbacks'] if 'Checkpoint' in key)
+    key = next(key for key in state['callbacks'] if key.startswith('Best'))
     state['callbacks'][key]['best_model_path'] = '/elsewhere/epoch=9-val_dice=0.9999.ckpt'
     newer = checkpoints / 'epoch=9-val_dice=0.9999.ckpt'
     torch.save(state, newer)
