@@ -113,6 +113,10 @@ def last_run(fold: int) -> dict | None:
         check_constants(folder.name, state['hyper_parameters'])
         (checkpoints,) = (v for k, v in state['callbacks'].items() if k.startswith('Best'))
         best = file.with_name(Path(checkpoints['best_model_path']).name)
+        if file.name != 'last.ckpt':  # killed between the two: the best one is the last as well
+            temporary = file.with_name('last.ckpt.tmp')
+            shutil.copyfile(file, temporary)
+            file = temporary.replace(file.with_name('last.ckpt'))
         for other in set(files) - {file, best}:
             other.unlink(missing_ok=True)
         history = state['callbacks']['EpochLines']['history']
