@@ -148,10 +148,8 @@ class CarvanaModel(pl.LightningModule):
             CarvanaDataset(self.hparams.val_folds)
 
     def train_dataloader(self) -> DataLoader:
-        data, batch_size = (
-            CarvanaDataset(self.hparams.train_folds, train=True),
-            self.hparams.TRAIN_BATCH_SIZE,
-        )
+        data = CarvanaDataset(self.hparams.train_folds, train=True)
+        batch_size = self.hparams.TRAIN_BATCH_SIZE
         sampler = EpochSampler(data, *self.ranks(), shuffle=True, seed=self.hparams.SEED)
         if self._trainer:
             # Workers are sent the first items before Lightning tells a resumed run's epoch.

@@ -29,12 +29,13 @@ import numpy as np
 from tqdm import tqdm
 
 import images
+import masks
 import out_of_fold
 import plots
 import predictor
 import runtime
 import tables
-from dataset import ImageFiles
+from image_files import ImageFiles
 from Lightning_module import CarvanaModel
 from part_writer import PartWriter
 
@@ -84,8 +85,9 @@ def load_model(file: str) -> CarvanaModel:
     except config.UserMistake:
         raise
     except Exception as error:  # what a damaged file raises is up to pickle, zipfile and torch
-        reason = ' '.join(str(error).split())[:200]
-        raise config.UserMistake(f'{file}: not a checkpoint of this project ({reason})') from None
+        raise config.UserMistake(
+            f'{file}: not a checkpoint of this project ({config.in_short(error)})'
+        ) from None
     return model.eval()
 
 
@@ -99,26 +101,24 @@ def predict_test(models: dict[int, CarvanaModel], threshold: float) -> None:
     for file in tqdm(files, 'checking headers', disable=None, leave=False):
         images.check_header(file)
     runner = predictor.Predictor(models, [threshold], config.TTA)
-    masks = output / 'test_masks'
+    mask_folder = output / 'test_masks'
     classes = next(iter(models.values())).hparams.CLASSES
     save_masks = config.SAVE_MASKS or classes > 1  # run lengths tell one class from none
     if save_masks:
-        masks.mkdir(parents=True, exist_ok=True)
+        mask_folder.mkdir(parents=True, exist_ok=True)
 
     def line(batch: dict, number: int, mask: np.ndarray) -> str:
         name = batch['img'][number]
         if save_masks:
             scale = 255 if classes == 1 else 1
-            save_mask(masks / (Path(name).stem + '.png'), mask * np.uint8(scale))
-        return f'{name},{images.rle_encode(mask)}'
+            save_mask(mask_folder / (Path(name).stem + '.png'), mask * np.uint8(scale))
+        return f'{name},{masks.rle_encode(mask)}'
 
-    settings = {'models': predictor.identity(models), 'tta': config.TTA, 'thresholds': [threshold]}
-    settings['masks'] = save_masks
-    target = output / 'submission.csv'
-    writer = predictor.predict(runner, ImageFiles(files, runner.inputs), target, line, settings)
+    data, target = ImageFiles(files, runner.inputs), output / 'submission.csv'
+    writer = predictor.predict(runner, data, target, line, form={'masks': save_masks})
     if not writer.trainer.is_global_zero:
         return
-    with tables.whole_file(target) as file:
+    with tables.whole_text(target) as file:
         file.write('img,rle_mask\n')
         file.writelines(f'{row}\n' for row in writer.lines(f.name for f in files))
     draw_test(files, writer, classes)
@@ -151,10 +151,8 @@ def test_files(folder: Path) -> list[Path]:
 
 def save_mask(file: Path, mask: np.ndarray) -> None:
     """Write a mask, uint8 (height, width), as PNG, whole or not at all."""
-    _, data = cv2.imencode('.png', mask)
-    temporary = file.with_name(f'{file.name}.tmp')
-    temporary.write_bytes(data)
-    temporary.replace(file)
+    with tables.whole(file) as temporary:
+        temporary.write_bytes(cv2.imencode('.png', mask)[1])
 
 
 def draw_test(files: list[Path], writer: PartWriter, classes: int) -> None:
@@ -170,10 +168,10 @@ def draw_test(files: list[Path], writer: PartWriter, classes: int) -> None:
     for axis, file, line in zip(axes.flat, files, writer.lines(f.name for f in files)):
         image = images.read_image(file)[0]
         if classes == 1:
-            mask = images.rle_decode(line.partition(',')[2], image.shape[:2])
+            mask = masks.rle_decode(line.partition(',')[2], image.shape[:2])
         else:
-            masks = config.path(config.OUTPUT) / 'test_masks'
-            mask = images.read_mask(masks / f'{file.stem}.png', classes)
+            folder = config.path(config.OUTPUT) / 'test_masks'
+            mask = masks.read_mask(folder / f'{file.stem}.png', classes)
         image, mask = plots.small(image), plots.small(mask)
         plots.show_image(axis, plots.overlay(image, mask, classes), file.name)
     plots.legend(fig, plots.class_legend(classes))

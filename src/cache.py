@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import config
 import folds
-import images
+import pairs
 
 
 class Cache:
@@ -52,7 +52,7 @@ def key(names: list[str]) -> str:
     """Digest of everything that decides what is in the arrays."""
     state = [config.crop_size(), config.CHANNELS, config.CLASSES, config.IGNORE_INDEX]
     for name in names:
-        for file in folds.files_of(name):
+        for file in pairs.files_of(name):
             try:
                 status = file.stat()
             except OSError:
@@ -79,8 +79,8 @@ def build(folder: Path, names: list[str]) -> None:
         mask_rows = create(temporary / 'masks.npy', shape)
 
         def write(row: int) -> None:
-            files = folds.files_of(names[row])
-            image_rows[row], mask_rows[row] = images.read_pair(*files, **images.form())
+            files = pairs.files_of(names[row])
+            image_rows[row], mask_rows[row] = pairs.read_pair(*files, **pairs.form())
 
         # Threads will do: the decoders work outside Python's lock.
         with ThreadPoolExecutor(max(1, config.NUM_WORKERS)) as pool:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import config
+from augmentation import AUGMENTATIONS
 
 # Constants whose legal values are not simply those of their default's type.
 POSITIVE = (lambda v: is_int(v) and v > 0), 'a whole number from 1 up'
@@ -64,8 +65,8 @@ LEGAL = {
     'LR': (lambda v: is_number(v) and v > 0, 'a number above 0'),
     'PRECISION': (lambda v: not isinstance(v, bool) and v in (16, 32, 'bf16'), "16, 'bf16' or 32"),
     'AUGMENTATION': (
-        lambda v: v in ('original', 'flip', 'strong', 'none'),
-        "'original', 'flip', 'strong' or 'none'",
+        lambda v: v in AUGMENTATIONS,
+        f'one of {", ".join(map(repr, AUGMENTATIONS))}',
     ),
     'SEED': (lambda v: is_int(v) and 0 <= v < 2**32, 'a whole number from 0 to 2**32 - 1'),
     'NUM_WORKERS': COUNT,

@@ -10,6 +10,12 @@ import difflib
 import os
 from pathlib import Path
 
+
+def cores() -> int:
+    """CPU cores that this process may use, which in a container or a job are not all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
 # ---------------------------------------------------------------- paths
 INPUT = 'input'  # only ever read: Kaggle mounts it read-only
 OUTPUT = 'output'  # tables, pictures and exported models
@@ -52,10 +58,10 @@ TRAIN_BATCH_SIZE = 4  # images per device
 VAL_BATCH_SIZE = 4
 ACCUMULATE_GRAD_BATCHES = 64  # batches per optimizer step: 64 * 4 = 256 images of Carvana's 4,070
 PRECISION = 16  # 16 (float16, CUDA only), 'bf16' or 32
-AUGMENTATION = 'original'  # 'original', 'flip', 'strong' or 'none': dataset.AUGMENTATIONS
+AUGMENTATION = 'original'  # any name in augmentation.AUGMENTATIONS: 'flip', 'strong', 'none', ...
 SEED = 42
 # Processes that decode images, per device: as many as there are cores for this one, at most 8.
-NUM_WORKERS = min(8, len(getattr(os, 'sched_getaffinity', lambda _: range(4))(0)))
+NUM_WORKERS = min(8, cores())
 CACHE = False  # keep decoded, resized images under OUTPUT/cache: 4 MB each at 1024 pixels
 RESUME = False  # go on where the last run stopped
 
@@ -95,6 +101,11 @@ def constants() -> dict:
         for name, value in globals().items()
         if name.isupper()
     }
+
+
+def in_short(error: Exception, length: int = 160) -> str:
+    """What another package's error says, in one line."""
+    return ' '.join(str(error).split())[:length] or type(error).__name__
 
 
 def nearest(name: str, names) -> str:

@@ -1,6 +1,6 @@
 """Overlap losses (Dice, IoU, Tversky, ...), and build_loss: any loss of the project by its name.
 
-ND_Crossentropy.py says how a loss is called and what holds for all. Here each is a formula of a few
+loss_base.py says how a loss is called and what holds for all. Here each is a formula of a few
 lines on the soft counts of each image and class,
 
     tp = sum(p y)    fp = sum(p (1 - y))    fn = sum((1 - p) y)    tn = sum((1 - p) (1 - y)),
@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 import config
-from ND_Crossentropy import EPSILON, LOSSES, TopKLoss, loss
+from loss_base import EPSILON, LOSSES, loss
+from ND_Crossentropy import TopKLoss
 
 
 class Counts:

@@ -60,11 +60,11 @@ def is_file(weights: str | None) -> bool:
 
 def no_download(name: str, weights: str, error: Exception) -> config.UserMistake:
     """The mistake to raise where pretrained weights could not be had."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return config.UserMistake(
-        f"ENCODER_WEIGHTS='{weights}': the weights of {name} could not be downloaded ({reason[:160]}). "
-        'Without a connection set ENCODER_WEIGHTS to a weights file (.pth, .pt, .safetensors), or '
-        'to None for random weights'
+        f"ENCODER_WEIGHTS='{weights}': the weights of {name} could not be downloaded "
+        f'({config.in_short(error)}). '
+        'Without a connection set ENCODER_WEIGHTS to a weights file (.pth, .pt, .safetensors), or to '
+        'None for random weights'
     )
 
 
@@ -124,12 +124,9 @@ def read_state(file: Path) -> dict[str, torch.Tensor]:
             state = torch.load(file, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise config.UserMistake(f'ENCODER_WEIGHTS: {file}: no such file') from None
-    except (
-        Exception
-    ) as error:  # what a damaged file raises is up to pickle, zipfile and safetensors
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else 'damaged'
+    except Exception as error:  # what a damaged file raises is up to pickle, zipfile, safetensors
         raise config.UserMistake(
-            f'ENCODER_WEIGHTS: {file}: not a weights file ({reason})'
+            f'ENCODER_WEIGHTS: {file}: not a weights file ({config.in_short(error)})'
         ) from None
     for inner in ('state_dict', 'model', 'state_dict_ema'):
         if isinstance(state, dict) and isinstance(state.get(inner), dict):

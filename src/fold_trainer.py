@@ -38,6 +38,7 @@ def train_fold(fold: int) -> None:
         tables.enter_model(fold, last['folder'], last['best'], last['history'])
         print(f'fold {fold} has its {config.EPOCHS} epochs: {tables.relative(last["folder"])}')
         return
+    table = folds.read_folds()
     others = [k for k in range(config.N_FOLDS) if k != fold]
     pl.seed_everything(config.SEED + fold, workers=True, verbose=False)
     model = CarvanaModel(others, [fold], pretrained=last is None)
@@ -46,9 +47,9 @@ def train_fold(fold: int) -> None:
         model.model, config.MODEL_NAME, config.TRAIN_BATCH_SIZE, config.INPUT_SHAPE
     )
     trainer = make_trainer(fold, last)
-    check_batch_size(fold, trainer.world_size)
+    check_batch_size(fold, math.ceil((table.kfold != fold).sum() / trainer.world_size))
     if trainer.is_global_zero:
-        print_start(fold, model, trainer)
+        print_start(fold, table, model, trainer)
     try:
         with runtime.told_plainly():
             trainer.fit(model, ckpt_path=last['file'] if last else None, weights_only=True)
@@ -59,9 +60,8 @@ def train_fold(fold: int) -> None:
         held.release()
 
 
-def check_batch_size(fold: int, devices: int) -> None:
+def check_batch_size(fold: int, images: int) -> None:
     """Raise config.UserMistake where a device's training images are fewer than one batch."""
-    images = math.ceil((folds.read_folds().kfold != fold).sum() / devices)
     if images < config.TRAIN_BATCH_SIZE:
         raise config.UserMistake(
             f'TRAIN_BATCH_SIZE={config.TRAIN_BATCH_SIZE} is more than the {images} training images '
@@ -78,13 +78,13 @@ def finish(fold: int, trainer, seconds: float) -> None:
     checkpoint = Path(trainer.checkpoint_callback.best_model_path)
     best = tables.enter_model(fold, folder, checkpoint, lines.history)
     share = runtime.waiting(trainer.profiler.recorded_durations)
+    advice = runtime.advice(share)
     device = trainer.strategy.root_device.type
     print(
         f'fold {fold}: best val_dice {best["val_dice"]:.4f} in epoch {best["epoch"] + 1}, '
         f'{seconds / 60:.1f} minutes, peak memory {runtime.peak_memory()}, '
         f'{tables.relative(checkpoint)}\n'
-        f'the {device} waited for data in {share:.0%} of the time'
-        + (f': {runtime.advice(share)}' if runtime.advice(share) else ''),
+        f'the {device} waited for data in {share:.0%} of the time{": " * bool(advice)}{advice}',
         flush=True,
     )
 
@@ -107,6 +107,7 @@ def make_trainer(fold: int, last: dict | None):
         writer, history = table.experiment, pd.DataFrame(last['history'])
         writer.metrics_keys = sorted(history.columns)
         history.to_csv(writer.metrics_file_path, columns=writer.metrics_keys, index=False)
+    bars = callbacks.progress_bars()
     return pl.Trainer(
         **runtime.hardware(),
         max_epochs=config.EPOCHS,
@@ -116,10 +117,10 @@ def make_trainer(fold: int, last: dict | None):
             runs.last_checkpoint(),
             callbacks.EpochLines(fold),
             callbacks.Overlays(),
-            *callbacks.progress_bars(),
+            *bars,
         ],
         plugins=[runs.Whole()],
-        enable_progress_bar=bool(callbacks.progress_bars()),
+        enable_progress_bar=bool(bars),
         logger=[logger, table],
         profiler=SimpleProfiler(),
         benchmark=True,
@@ -128,9 +129,8 @@ def make_trainer(fold: int, last: dict | None):
     )
 
 
-def print_start(fold: int, model, trainer) -> None:
+def print_start(fold: int, table: pd.DataFrame, model, trainer) -> None:
     """What is about to be trained, on what, and how."""
-    table = folds.read_folds()
     held_out = table.kfold == fold
     batches = math.ceil((~held_out).sum() / (config.TRAIN_BATCH_SIZE * trainer.world_size))
     steps = math.ceil(batches / config.ACCUMULATE_GRAD_BATCHES)

@@ -46,14 +46,13 @@ def build(decoder: str, encoder: str, weights=None, channels: int = 3, classes: 
 def unfit(decoder: str, encoder: str, error: Exception) -> config.UserMistake:
     """The mistake to raise for a decoder and an encoder that do not go together: with the reason, and
     the nearest pairs that do."""
-    reason = ' '.join(str(error).split())[:200]
     others = [(other, encoder) for other in ('unet', 'fpn', 'linknet', 'dpt')]
     others += [(decoder, other) for other in ('resnet34', 'tu-vit_base_patch16_224')]
     pairs = [f'smp_{d}_{e}' for d, e in others if (d, e) != (decoder, encoder) and builds(d, e)]
     pairs = dict.fromkeys([*pairs[:1], *pairs[-1:]])
     return config.UserMistake(
-        f'MODEL_NAME=smp_{decoder}_{encoder}: {decoder} cannot be built on {encoder} ({reason}); '
-        f'{" and ".join(pairs) or "smp_unet_resnet34"} can'
+        f'MODEL_NAME=smp_{decoder}_{encoder}: {decoder} cannot be built on {encoder} '
+        f'({config.in_short(error)}); {" and ".join(pairs) or "smp_unet_resnet34"} can'
     )
 
 
@@ -75,10 +74,9 @@ def try_out(model: torch.nn.Module, name: str, batch_size: int, shape: tuple) ->
     except NotImplementedError:
         return  # an operation that has no such shadow: the first step will tell
     except Exception as error:  # whatever the model's own checks and layers raise
-        reason = ' '.join(str(error).split())[:200]
         raise config.UserMistake(
             f'CROP_SIZE={config.CROP_SIZE}, TRAIN_BATCH_SIZE={batch_size}: {name} does not take such '
-            f'a batch ({reason}): another size, or another model'
+            f'a batch ({config.in_short(error)}): another size, or another model'
         ) from None
 
 

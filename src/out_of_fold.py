@@ -8,13 +8,17 @@ import torch
 import config
 import folds
 import images
+import masks
 import metrics
 import model_dispatcher
+import pairs
 import plots
 import predictor
 import tables
-from dataset import ImageFiles
+from image_files import ImageFiles
 from Lightning_module import CarvanaModel
+
+GRID = [round(0.05 * step, 2) for step in range(1, 20)]  # thresholds tried out of fold
 
 
 def score(models: dict[int, CarvanaModel]) -> float:
@@ -22,15 +26,14 @@ def score(models: dict[int, CarvanaModel]) -> float:
 
     Returns the threshold for the test images: THRESHOLD, or the best one found here.
     """
-    fixed = config.THRESHOLD
     if not config.path(config.TRAIN_FOLDS).is_file():
         print(f'{config.TRAIN_FOLDS} is not there: nothing to score out of fold')
-        return 0.5 if fixed is None else fixed
+        return config.THRESHOLD or 0.5
     table = folds.read_folds(list(models)).sort_values(['kfold', 'img'], ignore_index=True)
     some = next(iter(models.values())).hparams
-    thresholds = sorted({*predictor.GRID, 0.5 if fixed is None else fixed})
+    thresholds = sorted({*GRID, config.THRESHOLD or 0.5})
     runner = predictor.Predictor(models, thresholds, config.TTA)
-    files = [folds.files_of(name) for name in table.img]
+    files = [pairs.files_of(name) for name in table.img]
     data = ImageFiles(
         [image for image, _ in files],
         runner.inputs,
@@ -39,27 +42,19 @@ def score(models: dict[int, CarvanaModel]) -> float:
         some.CLASSES,
         some.IGNORE_INDEX,
     )
-    settings = {'models': predictor.identity(models), 'tta': config.TTA, 'thresholds': thresholds}
     target = config.path(config.OUTPUT) / 'oof.csv'
     writer = predictor.predict(
         runner,
         data,
         target,
         lambda batch, n, counts: f'{batch["img"][n]},{json.dumps(counts.tolist())}',
-        settings,
         lambda w: [
             json.loads(line.partition(',')[2]) for line in w.lines(f.name for f in data.files)
         ],
     )
     counts = torch.tensor(writer.result)  # (N, T, 3, K); T = 1 with several classes
     dice, iou = (x.reshape(counts.shape[:2]) for x in metrics.dice_and_iou(counts.flatten(0, 1)))
-    chosen = 0
-    if some.CLASSES == 1:
-        curve = dice.mean(0)
-        wanted = thresholds.index(fixed) if fixed is not None else int(curve.argmax())
-        # 0.5 stays where nothing is better by a hair.
-        half = thresholds.index(0.5)
-        chosen = half if fixed is None and curve[half] >= curve[wanted] - 1e-6 else wanted
+    chosen = choose(thresholds, dice.mean(0)) if some.CLASSES == 1 else 0
     threshold = thresholds[chosen] if some.CLASSES == 1 else 0.5
     if writer.trainer.is_global_zero:
         table['dice'], table['iou'] = dice[:, chosen].numpy(), iou[:, chosen].numpy()
@@ -67,15 +62,23 @@ def score(models: dict[int, CarvanaModel]) -> float:
         writer.remove_parts()
         print_scores(table)
         if some.CLASSES == 1:
-            print(
-                f'threshold {threshold}: mean Dice {curve[chosen]:.4f} '
-                f'(0.5: {curve[half]:.4f}), {"as set" if fixed else "the best of these images"}'
-            )
+            why = 'as set' if config.THRESHOLD else 'the best of these images'
+            means = [dice[:, number].mean() for number in (chosen, thresholds.index(0.5))]
+            print(f'threshold {threshold}: mean Dice {means[0]:.4f} (0.5: {means[1]:.4f}), {why}')
         else:
             print_classes(counts[:, 0])
         draw(table, models, threshold)
         hand_on(models, threshold)
     return threshold
+
+
+def choose(thresholds: list[float], dice: torch.Tensor) -> int:
+    """Place of THRESHOLD, or of the threshold with the best mean Dice; 0.5 where none is better by
+    more than rounding."""
+    if config.THRESHOLD is not None:
+        return thresholds.index(config.THRESHOLD)
+    best, half = int(dice.argmax()), thresholds.index(0.5)
+    return best if dice[best] > dice[half] + 1e-6 else half
 
 
 def hand_on(models: dict[int, CarvanaModel], threshold: float) -> None:
@@ -126,9 +129,9 @@ def draw(table: pd.DataFrame, models: dict, threshold: float, count: int = 4) ->
     some = next(iter(models.values())).hparams
     fig, axes = plots.figure(len(rows), 4, 2.6, 2.0, 'Out of fold: the worst, then typical images')
     for axis_row, row in zip(axes, rows.itertuples()):
-        image_file, mask_file = folds.files_of(row.img)
+        image_file, mask_file = pairs.files_of(row.img)
         image = images.read_image(image_file)[0]
-        truth = images.read_mask(mask_file, some.CLASSES, some.IGNORE_INDEX)
+        truth = masks.read_mask(mask_file, some.CLASSES, some.IGNORE_INDEX)
         mask = predictor.predict_one(models[row.kfold], image_file, threshold)
         image, truth, mask = (plots.small(array) for array in (image, truth, mask))
         for axis, picture, title in zip(

@@ -7,6 +7,8 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
+import tables
+
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, BLACK = (
     '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000',
 )  # fmt: skip
@@ -41,10 +43,8 @@ def figure(rows: int, columns: int, width: float, height: float, title: str = ''
 
 def save(fig: Figure, file: Path) -> Path:
     """Write a picture whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f'{file.name}.tmp')
-    fig.savefig(temporary, format='png')
-    temporary.replace(file)
+    with tables.whole(file) as temporary:
+        fig.savefig(temporary, format='png')
     return file
 
 

@@ -14,44 +14,14 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import callbacks
 import config
 import metrics
 import runtime
-from dataset import ImageFiles, collate_files
+from image_files import Batches, ImageFiles, collate_files
 from part_writer import PartWriter
-
-GRID = [round(0.05 * step, 2) for step in range(1, 20)]  # thresholds tried out of fold
-
-
-class Batches(Dataset):
-    """ImageFiles in batches of VAL_BATCH_SIZE that are always the same; `keep` leaves some out.
-
-    Images of different folds, which go to different models, are in different batches.
-    """
-
-    def __init__(self, data: ImageFiles):
-        self.data, self.lists = data, []
-        folds = data.folds or [0] * len(data)
-        for fold in dict.fromkeys(folds):
-            of_fold = [index for index, other in enumerate(folds) if other == fold]
-            starts = range(0, len(of_fold), config.VAL_BATCH_SIZE)
-            self.lists += [of_fold[start : start + config.VAL_BATCH_SIZE] for start in starts]
-
-    def keep(self, done: set[str], rank: int, ranks: int) -> 'Batches':
-        """This rank's share of the batches in which an image is not among the `done` names."""
-        names = [file.name for file in self.data.files]
-        left = [indices for indices in self.lists if not done.issuperset(names[i] for i in indices)]
-        self.lists = left[rank::ranks]
-        return self
-
-    def __len__(self) -> int:
-        return len(self.lists)
-
-    def __getitem__(self, number: int) -> dict:
-        return collate_files([self.data[index] for index in self.lists[number]])
 
 
 class Predictor(pl.LightningModule):
@@ -109,6 +79,11 @@ class Predictor(pl.LightningModule):
         self.canvases[p.shape[2:]] = canvas
         return torch.from_numpy(canvas)[None, None]
 
+    def identity(self) -> list:
+        """What tells this Predictor from others, to recognise the job that a killed run was doing."""
+        sums = [sum(p.detach().double().sum().item() for p in m.parameters()) for m in self.models]
+        return [self.folds, sums, self.thresholds.tolist(), self.mirrored]
+
     def predict_step(self, batch: dict, batch_index: int) -> list[torch.Tensor]:
         """Per image: class indices uint8 (height, width), or with masks `counts`."""
         if 'mask' not in batch:
@@ -136,27 +111,26 @@ class Predictor(pl.LightningModule):
         return torch.stack([tp, fp, above[0][0] - tp], 1)[:, :, None]
 
 
-def predict(predictor, data: ImageFiles, target: Path, line, settings: dict, gather=lambda _: None):
+def predict(predictor, data: ImageFiles, target: Path, line, gather=lambda _: None, form=None):
     """Run a Predictor over image files, going on after a killed run's with RESUME.
 
     Args:
         target, line, gather: see PartWriter.
-        settings: whatever decides the result besides the files' names and the batch size.
+        form: whatever decides what `line` does, besides what is predicted.
 
     Returns: the PartWriter, which holds the lines and, on every rank, what `gather` made of them.
     """
-    settings = {**settings, 'batch': config.VAL_BATCH_SIZE, 'files': [f.name for f in data.files]}
+    settings = {
+        'models': predictor.identity(),
+        'batch': config.VAL_BATCH_SIZE,
+        'files': [f.name for f in data.files],
+        'form': form,
+    }
     job = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     writer = PartWriter(job, target, line, gather)
     predictor.data, predictor.prepare = data, writer.prepare
-    trainer = pl.Trainer(
-        **runtime.hardware(),
-        callbacks=[writer, *callbacks.progress_bars()],
-        enable_progress_bar=bool(callbacks.progress_bars()),
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
+    bars = callbacks.progress_bars()
+    trainer = runtime.bare_trainer(callbacks=[writer, *bars], enable_progress_bar=bool(bars))
     with runtime.told_plainly(training=False):
         trainer.predict(predictor, return_predictions=False)
     return writer
@@ -168,11 +142,3 @@ def predict_one(model, file: Path, threshold: float) -> np.ndarray:
     with torch.inference_mode():
         batch = collate_files([ImageFiles([file], runner.inputs)[0]])
         return runner.predict_step(batch, 0)[0].cpu().numpy()
-
-
-def identity(models: dict) -> list:
-    """What tells these models from others, to recognise the job that a killed run was doing."""
-    return [
-        [fold, sum(p.detach().double().sum().item() for p in model.parameters())]
-        for fold, model in models.items()
-    ]

@@ -49,16 +49,10 @@ class Whole(TorchCheckpointIO):
     then renamed. (Lightning's own are moved from the system's temporary folder.)"""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f'{path.name}.tmp')
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        try:
+        with tables.whole(Path(path)) as temporary:
             temporary.write_bytes(content.getbuffer())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -105,23 +99,28 @@ def last_run(fold: int) -> dict | None:
         if not files:
             remove_dead_start(folder)
             continue
-        states = {file: read_checkpoint(file) for file in files}
-        file = max(files, key=lambda f: (states[f]['epoch'], f.name == 'last.ckpt'))
-        state = states[file]
-        if state['hyper_parameters']['val_folds'] != [fold]:
+        facts = {file: read_facts(file) for file in files}
+        file = max(files, key=lambda f: (facts[f]['epoch'], f.name == 'last.ckpt'))
+        run = facts[file]
+        if run['hyper_parameters']['val_folds'] != [fold]:
             continue
-        check_constants(folder.name, state['hyper_parameters'])
-        (checkpoints,) = (v for k, v in state['callbacks'].items() if k.startswith('Best'))
+        check_constants(folder.name, run['hyper_parameters'])
+        (checkpoints,) = (v for k, v in run['callbacks'].items() if k.startswith('Best'))
         best = file.with_name(Path(checkpoints['best_model_path']).name)
         if file.name != 'last.ckpt':  # killed between the two: the best one is the last as well
-            temporary = file.with_name('last.ckpt.tmp')
-            shutil.copyfile(file, temporary)
-            file = temporary.replace(file.with_name('last.ckpt'))
+            with tables.whole(file.with_name('last.ckpt')) as temporary:
+                shutil.copyfile(file, temporary)
+            file = file.with_name('last.ckpt')
         for other in set(files) - {file, best}:
             other.unlink(missing_ok=True)
-        history = state['callbacks']['EpochLines']['history']
-        kept = {'file': file, 'best': best, 'epoch': state['epoch']}
-        return {'folder': folder, 'history': history, **kept}
+        history = run['callbacks']['EpochLines']['history']
+        return {
+            'folder': folder,
+            'file': file,
+            'epoch': run['epoch'],
+            'best': best,
+            'history': history,
+        }
     return None
 
 
@@ -134,15 +133,15 @@ def remove_dead_start(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def read_checkpoint(file: Path) -> dict:
-    """A checkpoint's content, tensors on the CPU; code in it is never run."""
+def read_facts(file: Path) -> dict:
+    """What a checkpoint holds besides tensors; those are not read, and code in it is never run."""
     try:
-        return torch.load(file, map_location='cpu', weights_only=True)
+        state = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+        return {name: state[name] for name in ('epoch', 'hyper_parameters', 'callbacks')}
     except Exception as error:  # what a damaged file raises is up to pickle, zipfile and torch
-        reason = ' '.join(str(error).split())[:120]
         raise config.UserMistake(
-            f'{tables.relative(file)}: cannot be read ({reason}): remove it to go on from an older '
-            f'checkpoint, or remove {file.parent.parent.name} to train that fold anew'
+            f'{tables.relative(file)}: cannot be read ({config.in_short(error, 120)}): remove it to go '
+            f'on from an older checkpoint, or remove {file.parent.parent.name} to train that fold anew'
         ) from None
 
 

@@ -7,6 +7,7 @@ import time
 import warnings
 from contextlib import contextmanager
 
+import pytorch_lightning as pl
 import torch
 
 import config
@@ -24,14 +25,29 @@ def hardware() -> dict:
     }
 
 
+def bare_trainer(**arguments) -> pl.Trainer:
+    """Lightning's Trainer that shows and keeps nothing, but for what the arguments say."""
+    quiet = {
+        'logger': False,
+        'enable_checkpointing': False,
+        'enable_progress_bar': False,
+        'enable_model_summary': False,
+    }
+    return pl.Trainer(**{**hardware(), **quiet, **arguments})
+
+
+def on_cuda() -> bool:
+    """Whether ACCELERATOR means an NVIDIA GPU, and there is one."""
+    return config.ACCELERATOR in ('auto', 'gpu', 'cuda') and torch.cuda.is_available()
+
+
 def precision() -> tuple[str, str]:
     """Lightning's name of the precision that really runs, and why that one."""
-    on_cuda = config.ACCELERATOR in ('auto', 'gpu', 'cuda') and torch.cuda.is_available()
     if config.PRECISION == 'bf16':
         return 'bf16-mixed', "bfloat16 where it is safe, as PRECISION='bf16' asks"
     if config.PRECISION == 32:
         return '32-true', 'float32, as PRECISION=32 asks'
-    if on_cuda:
+    if on_cuda():
         return '16-mixed', 'float16 where it is safe, with a gradient scaler (native torch AMP)'
     return '32-true', (
         "float32: PRECISION=16 needs a CUDA GPU; on a CPU PRECISION='bf16' may be slower or faster, "
@@ -59,29 +75,22 @@ def silence() -> None:
 def waiting(durations: dict[str, list[float]]) -> float:
     """Share of the training time, 0..1, in which no batch was ready, from a Lightning profiler's
     recorded durations. The first batch, which waits for the workers to start, does not count."""
-    waits = [durations.get(f'[{loop}') or [0, 0] for loop in LOADERS]
+    loops = ('_TrainingEpochLoop].train_dataloader_next', '_EvaluationLoop].val_next')
+    waits = [durations.get(f'[{loop}') or [0, 0] for loop in loops]
     waited = sum(sum(seconds[1:]) for seconds in waits)
     total = sum(durations.get('run_training_epoch', [])) - sum(seconds[0] for seconds in waits)
     return waited / total if total > 0 else 0.0
-
-
-LOADERS = ('_TrainingEpochLoop].train_dataloader_next', '_EvaluationLoop].val_next')
 
 
 def advice(share: float) -> str:
     """What to change where the device waited too long for its data; '' where it did not."""
     if share <= 0.1:
         return ''
-    if cores() > config.NUM_WORKERS:
-        return f'NUM_WORKERS from {config.NUM_WORKERS} to {cores()} would feed it faster'
+    if config.cores() > config.NUM_WORKERS:
+        return f'NUM_WORKERS from {config.NUM_WORKERS} to {config.cores()} would feed it faster'
     if not config.CACHE:
         return 'CACHE=True would feed it faster'
     return 'a smaller CROP_SIZE, or more cores, would feed it faster'
-
-
-def cores() -> int:
-    """CPU cores that this process may use, which in a container or a job are not all there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def follow_parent() -> None:
@@ -102,14 +111,12 @@ def told_plainly(training: bool = True):
     try:
         yield
     except torch.OutOfMemoryError:
-        train, val, window = (
-            config.TRAIN_BATCH_SIZE, config.VAL_BATCH_SIZE, config.ACCUMULATE_GRAD_BATCHES,
-        )  # fmt: skip
+        train, val = config.TRAIN_BATCH_SIZE, config.VAL_BATCH_SIZE
         if training:
             tries = [f'CROP_SIZE={tuple(side * 3 // 4 // 32 * 32 for side in config.crop_size())}']
             if train > 1:
-                same = f'ACCUMULATE_GRAD_BATCHES={window * 2} (the same images per step)'
-                tries.insert(0, f'TRAIN_BATCH_SIZE={train // 2} with {same}')
+                window = f'ACCUMULATE_GRAD_BATCHES={config.ACCUMULATE_GRAD_BATCHES * 2}'
+                tries.insert(0, f'TRAIN_BATCH_SIZE={train // 2} with {window} (as many per step)')
         else:
             tries = [f'VAL_BATCH_SIZE={val // 2}' if val > 1 else 'fewer FOLDS at once']
         sizes = f'TRAIN_BATCH_SIZE={train}, ' * training + f'VAL_BATCH_SIZE={val}'
@@ -131,7 +138,7 @@ def device_name(trainer) -> str:
     if trainer.strategy.root_device.type == 'cuda':
         kind = torch.cuda.get_device_name(trainer.strategy.root_device)
     else:
-        kind = f'{trainer.strategy.root_device.type} with {cores()} cores'
+        kind = f'{trainer.strategy.root_device.type} with {config.cores()} cores'
     return f'{trainer.world_size} x {kind}' if trainer.world_size > 1 else kind
 
 

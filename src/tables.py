@@ -1,4 +1,4 @@
-"""CSV files that are there whole or not at all; models.csv; how files and names are shown."""
+"""Files that are there whole or not at all; models.csv; how files and names are shown."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,24 +11,30 @@ MODELS = ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']  # columns of 
 
 
 @contextmanager
-def whole_file(file: Path):
-    """Open a text file that appears whole or not at all: written beside its place, then renamed."""
+def whole(file: Path):
+    """A path beside `file` to write to: renamed to `file` after the block, removed if that failed."""
     temporary = file.with_name(f'{file.name}.tmp')  # one name: what a kill leaves is written over
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open('w', encoding='utf-8', newline='') as text:
-                yield text
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        yield temporary
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_text(file: Path):
+    """Open a text file that appears whole or not at all."""
+    try:
+        with whole(file) as temporary, temporary.open('w', encoding='utf-8', newline='') as text:
+            yield text
     except OSError as error:
         raise config.UserMistake(f'{file}: cannot be written ({error.strerror})') from None
 
 
 def write_table(table: pd.DataFrame, file: Path) -> None:
     """Write a CSV file whole or not at all."""
-    with whole_file(file) as text:
+    with whole_text(file) as text:
         table.to_csv(text, index=False)
 
 

@@ -71,16 +71,17 @@ def main() -> None:
         demo_cars.make_dataset(config.path(config.INPUT), demo.CARS, seed=config.SEED)
         folds.main()
     folds.check_up_to_date()
-    rows = []
+    rows, devices = [], []
     for name in ROWS:
         reason = impossible(name)
         seeds = range(config.SEED, config.SEED + (0 if reason else OPTIONS.seeds))
         results = [run_row(name, [*words, f'SEED={seed}']) for seed in seeds]
         rows.append(summary(name, results, reason))
+        devices += [result['device'] for result in results]
         print('  '.join(f'{key} {value}' for key, value in rows[-1].items()), flush=True)
     table, output = pd.DataFrame(rows), config.path(config.OUTPUT)
     tables.write_table(table, output / 'precision.csv')
-    title = f'{config.MODEL_NAME}, {config.CROP_SIZE} pixels, {hardware_name()}'
+    title = f'{config.MODEL_NAME}, {config.CROP_SIZE} pixels, {devices[0]}'
     plots.save(plots.precision(table, title), output / 'precision.png')
     print(
         f'{(time.monotonic() - start) / 60:.1f} minutes; torch {torch.__version__}, '
@@ -90,7 +91,7 @@ def main() -> None:
 
 def impossible(name: str) -> str:
     """Why this hardware cannot run a row; '' where it can."""
-    cuda = config.ACCELERATOR in ('auto', 'gpu', 'cuda') and torch.cuda.is_available()
+    cuda = runtime.on_cuda()
     capability = torch.cuda.get_device_capability() if cuda else (0, 0)
     if name == '32 with TF32' and capability < (8, 0):
         return 'not run: TF32 needs an NVIDIA GPU of compute capability 8.0 or more'
@@ -101,13 +102,8 @@ def impossible(name: str) -> str:
     return ''
 
 
-def hardware_name() -> str:
-    cuda = config.ACCELERATOR in ('auto', 'gpu', 'cuda') and torch.cuda.is_available()
-    return torch.cuda.get_device_name() if cuda else f'CPU with {runtime.cores()} cores'
-
-
 def run_row(name: str, words: list[str]) -> dict:
-    """What `measure` gives, from a process of its own; or {'note': ...} where memory ran out."""
+    """What `measure` gives, from a process of its own; or its device and a note where memory ran out."""
     command = [sys.executable, __file__, '--row', name, '--steps', str(OPTIONS.steps), *words]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -163,30 +159,30 @@ def measure(name: str, steps: int) -> dict:
     pl.seed_everything(config.SEED, workers=True, verbose=False)
     model = CarvanaModel([k for k in range(config.N_FOLDS) if k != held_out], [held_out])
     clock = Clock(WARM_UP)
-    trainer = pl.Trainer(
-        **{**runtime.hardware(), 'devices': 1, 'num_nodes': 1, 'strategy': 'auto'},
+    trainer = runtime.bare_trainer(
+        devices=1,
+        num_nodes=1,
+        strategy='auto',
         max_steps=WARM_UP + steps,
         limit_val_batches=100,
         check_val_every_n_epoch=None,
         val_check_interval=WARM_UP + steps + 1,  # not in between: it would be timed
         callbacks=[clock],
         benchmark=True,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         num_sanity_val_steps=0,
         profiler='simple',
     )
+    device = runtime.device_name(trainer)
     try:
         trainer.fit(model)
     except torch.OutOfMemoryError:
-        return {'note': 'not run: out of GPU memory'}
+        return {'device': device, 'note': 'not run: out of GPU memory'}
     peak = runtime.peak_megabytes()
     share = runtime.waiting(trainer.profiler.recorded_durations)
     trainer.validate(model, verbose=False)
     done = max(int(state['step']) for state in trainer.optimizers[0].state.values())
     return {
+        'device': device,
         'images_per_second': clock.images / clock.seconds,
         'step_ms': 1e3 * clock.seconds / steps,
         'peak_memory_mb': peak,

@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'src'))
 
 import config
 import dice_loss
-import images
 import metrics
 import model_dispatcher
 
@@ -31,7 +30,7 @@ def load(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     pairs = []
     for file in sorted((folder / 'train_hq').iterdir()):
         mask = folder / 'train_masks' / f'{file.stem}_mask.gif'
-        pairs.append(images.read_pair(file, mask, SIZE, 3, 1, None))
+        pairs.append(pairs.read_pair(file, mask, SIZE, 3, 1, None))
     x = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in pairs])
     return x / 127.5 - 1, torch.stack([torch.from_numpy(mask) for _, mask in pairs])
 

@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'src'))
 import config
 import demo_cars
 import images
+import masks
 import predictor
 import runtime
-from dataset import ImageFiles
+from image_files import ImageFiles
 
 
 class OneLayer(torch.nn.Module):
@@ -64,7 +65,7 @@ def predict(files: list[Path], folder: Path, size: int) -> None:
         runner,
         data,
         folder / 'submission.csv',
-        lambda batch, n, mask: f'{batch["img"][n]},{images.rle_encode(mask)}',
+        lambda batch, n, mask: f'{batch["img"][n]},{masks.rle_encode(mask)}',
         {},
     )
     writer.remove_parts()
@@ -102,8 +103,8 @@ def main() -> None:
                 flush=True,
             )
         truth = next((folder / 'test_masks_truth').iterdir())
-        mask = images.read_mask(truth)
-        encode = statistics.median(timed(images.rle_encode, mask) for _ in range(15))
+        mask = masks.read_mask(truth)
+        encode = statistics.median(timed(masks.rle_encode, mask) for _ in range(15))
         full = statistics.median(timed(images.read_image, files[0]) for _ in range(15))
         print(f'run lengths of a mask {1e3 * encode:.1f} ms, its JPEG {1e3 * full:.1f} ms')
 

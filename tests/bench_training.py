@@ -74,16 +74,12 @@ class ResidentModel(CarvanaModel):
 
 def images_per_second(model, steps: int, precision) -> float:
     clock = Clock(WARM_UP)
-    trainer = pl.Trainer(
-        **{**runtime.hardware(), 'precision': precision},
+    trainer = runtime.bare_trainer(
+        precision=precision,
         max_steps=WARM_UP + steps,
         limit_val_batches=0,
         callbacks=[clock],
         benchmark=True,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(model)
     return clock.images / clock.seconds
@@ -119,12 +115,16 @@ def main() -> None:
         folds.main()
         names = folds.read_folds().img.tolist()
         ours = runtime.precision()[0]
+
+        def port():
+            return CarvanaModel([0, 1], [0])
+
         runs = {
-            'PRECISION=16': (lambda: CarvanaModel([0, 1], [0]), ours, False),
-            "PRECISION='bf16'": (lambda: CarvanaModel([0, 1], [0]), 'bf16-mixed', False),
+            'PRECISION=16': (port, ours, False),
+            "PRECISION='bf16'": (port, 'bf16-mixed', False),
             'the original way at 32': (lambda: OriginalModel(names), '32-true', False),
             'the original way at 16': (lambda: OriginalModel(names), 16, False),
-            'PRECISION=16 CACHE=True': (lambda: CarvanaModel([0, 1], [0]), ours, True),
+            'PRECISION=16 CACHE=True': (port, ours, True),
             'PRECISION=16, batches on the device': (lambda: ResidentModel([0, 1], [0]), ours, True),
         }
         rates = {name: [] for name in runs}

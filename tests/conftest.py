@@ -87,6 +87,13 @@ def settings(folder: Path) -> list[str]:
     ]
 
 
+class Evil:
+    """Pickled, code that a file of weights could hold."""
+
+    def __reduce__(self):
+        return exec, ('raise AssertionError("code in a pickle was run")',)
+
+
 def environment() -> dict:
     """Of a script's process: no model hub, one thread."""
     return {**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}

@@ -17,6 +17,7 @@ import fold_trainer
 import folds
 import images
 import Lightning_tester
+import pairs
 import tables
 from Lightning_module import CarvanaModel
 
@@ -71,7 +72,7 @@ def test_each_class_is_scored_at_the_images_own_size(trained, capsys):
     config.PATH = str(checkpoint)
     model = Lightning_tester.load_models()[0]
     for row in table.itertuples():  # by other code: intersection over each class in turn
-        image_file, mask_file = folds.files_of(row.img)
+        image_file, mask_file = pairs.files_of(row.img)
         truth = np.array(Image.open(mask_file))
         x = images.read_image(image_file, 3, [(32, 64)])[0]
         with torch.inference_mode():

@@ -2,6 +2,7 @@
 
 import warnings
 
+import albumentations as A
 import cv2
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ from conftest import draw_ellipse, save_mask_gif
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import augmentation
 import cache
 import config
-import dataset
 import folds
-import images
+import image_files
+import masks
+import pairs
 from dataset import CarvanaDataset, EpochSampler
 
 
@@ -35,10 +38,10 @@ def test_items_are_eight_bit_tensors(prepared):
 
 def test_validation_items_are_only_resized(prepared):
     data = CarvanaDataset([3])
-    image_file, mask_file = folds.files_of(data.names[1])
+    image_file, mask_file = pairs.files_of(data.names[1])
     image = cv2.resize(np.array(Image.open(image_file)), (32, 32))
     assert np.abs(data[1]['image'].permute(1, 2, 0).numpy().astype(int) - image).max() <= 3
-    assert np.array_equal(data[1]['mask'].numpy(), images.read_mask(mask_file, size=(32, 32)))
+    assert np.array_equal(data[1]['mask'].numpy(), masks.read_mask(mask_file, size=(32, 32)))
     assert torch.equal(data[1]['image'], data[1]['image'])
 
 
@@ -112,14 +115,14 @@ def test_the_border_is_reflected(prepared):
     data = CarvanaDataset([0, 1], train=True)
     white = np.full((32, 32, 3), 255, np.uint8)
     for epoch in range(20):
-        data.seed_augmentation(epoch, 'x')
+        augmentation.seed(data.augment, f'{epoch}')
         assert data.augment(image=white, mask=white[..., 0])['image'].min() == 255
 
 
 def test_the_original_augmentation_is_the_originals():
     """Fit the affine map of many draws: shift up to 0.0625, scale 0.9 to 1.1, +-15 degrees, p 0.9."""
     config.CROP_SIZE = 200
-    transform = dataset.shift_scale_rotate()
+    transform = augmentation.shift_scale_rotate(A)
     shifts, scales, angles, still = [], [], [], 0
     y, x = np.mgrid[:200, :200].astype(np.float32)
     coordinates = np.stack([x, y, np.zeros_like(x)], 2) / 200
@@ -140,7 +143,7 @@ def test_the_original_augmentation_is_the_originals():
     assert np.abs(shifts).max() <= 0.0625 * 200 + 1 and np.abs(shifts).max() > 0.05 * 200
 
 
-@pytest.mark.parametrize('name', dataset.AUGMENTATIONS)
+@pytest.mark.parametrize('name', augmentation.AUGMENTATIONS)
 @pytest.mark.parametrize('channels', [1, 3])
 def test_no_argument_of_an_augmentation_is_ignored(prepared, name, channels):
     config.AUGMENTATION, config.CHANNELS = name, channels
@@ -162,7 +165,7 @@ def test_transforms_of_like_probability_are_drawn_apart(prepared):
     flips = [t for t in data.augment.transforms if t.p == 0.5]
     draws = []
     for epoch in range(64):
-        data.seed_augmentation(epoch, 'x')
+        augmentation.seed(data.augment, f'{epoch}')
         draws.append([t.py_random.random() < t.p for t in flips])
     assert len(flips) >= 2 and len({tuple(draw) for draw in draws}) > 2
 
@@ -192,9 +195,9 @@ def test_cache_is_built_once_and_again_when_something_changes(prepared):
     assert (first / 'images.npy').stat().st_mtime_ns == written
     image, new_mask = draw_ellipse(np.random.default_rng(9))
     name = folds.read_folds().img[0]
-    save_mask_gif(folds.files_of(name)[1], new_mask)
+    save_mask_gif(pairs.files_of(name)[1], new_mask)
     assert np.array_equal(
-        cache.open_cache().load(name)[1], images.read_mask(folds.files_of(name)[1], size=(32, 32))
+        cache.open_cache().load(name)[1], masks.read_mask(pairs.files_of(name)[1], size=(32, 32))
     )
     second = folder_of_cache()
     assert second != first
@@ -208,7 +211,7 @@ def test_a_cache_that_was_being_built_is_not_trusted(prepared, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(images, 'read_pair', fail)
+        patch.setattr(pairs, 'read_pair', fail)
         with pytest.raises(KeyboardInterrupt):
             cache.open_cache()
     assert not list(config.path(config.OUTPUT).glob('cache/*'))
@@ -216,13 +219,13 @@ def test_a_cache_that_was_being_built_is_not_trusted(prepared, monkeypatch):
 
 
 def test_files_to_predict(prepared):
-    files = [folds.files_of(name) for name in folds.read_folds().img[:3]]
-    data = dataset.ImageFiles(
+    files = [pairs.files_of(name) for name in folds.read_folds().img[:3]]
+    data = image_files.ImageFiles(
         [image for image, _ in files],
         [(32, 32, 3), (16, 32, 3), (16, 16, 1)],
         [mask for _, mask in files],
     )
-    batch = dataset.collate_files([data[i] for i in range(3)])
+    batch = image_files.collate_files([data[i] for i in range(3)])
     assert sorted(tuple(x.shape) for x in batch['images']) == [
         (3, 1, 16, 16), (3, 3, 16, 32), (3, 3, 32, 32)]  # fmt: skip
     for form, x in zip(data.inputs, batch['images']):

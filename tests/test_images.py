@@ -9,6 +9,7 @@ from PIL import Image
 
 import config
 import images
+import masks
 
 RNG = np.random.default_rng(1)
 COLOURS = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -107,7 +108,7 @@ def truncated_png():
 @pytest.mark.parametrize(
     'data', [b'', b'not an image', truncated_jpeg(), truncated_png(), b'\xff\xd8\xff\xe0garbage']
 )
-@pytest.mark.parametrize('read', [images.read_image, images.read_mask, images.header])
+@pytest.mark.parametrize('read', [images.read_image, masks.read_mask, images.header])
 def test_damaged_files_are_named(tmp_path, data, read):
     file = tmp_path / 'bad.jpg'
     file.write_bytes(data)
@@ -151,67 +152,67 @@ BLACK, WHITE, MAROON = (0, 0, 0), (255, 255, 255), (128, 0, 0)
     ],
 )
 def test_one_rule_for_all_binary_masks(tmp_path, picture, name):
-    mask = images.read_mask(saved(tmp_path, picture, name))
+    mask = masks.read_mask(saved(tmp_path, picture, name))
     assert mask.dtype == np.uint8 and np.array_equal(mask, MASK)
 
 
 def test_carvana_gif_is_0_and_1(tmp_path):
     save_mask_gif(tmp_path / 'm.gif', MASK)
-    assert np.array_equal(images.read_mask(tmp_path / 'm.gif'), MASK)
+    assert np.array_equal(masks.read_mask(tmp_path / 'm.gif'), MASK)
 
 
 @pytest.mark.parametrize('value', [0, 1, 255])
 def test_a_mask_of_one_value(tmp_path, value):
     file = saved(tmp_path, Image.new('L', (8, 8), value), 'm.png')
-    assert (images.read_mask(file) == (value > 0)).all()
+    assert (masks.read_mask(file) == (value > 0)).all()
 
 
 @pytest.mark.parametrize('values', [[0, 2], [0, 1, 255], [0, 128], [0, 3, 250, 255], [7]])
 def test_other_values_are_refused_with_the_file_and_the_values(tmp_path, values):
     file = saved(tmp_path, Image.fromarray(RNG.choice(np.uint8(values), (40, 40))), 'm.png')
     with pytest.raises(config.UserMistake) as mistake:
-        images.read_mask(file)
+        masks.read_mask(file)
     assert 'm.png' in str(mistake.value) and str(values)[1:-1] in str(mistake.value)
 
 
 def test_a_coloured_mask_is_refused(tmp_path):
     with pytest.raises(config.UserMistake, match=r'm\.png.*coloured'):
-        images.read_mask(saved(tmp_path, Image.fromarray(COLOURS), 'm.png'))
+        masks.read_mask(saved(tmp_path, Image.fromarray(COLOURS), 'm.png'))
 
 
 def test_class_indices_and_ignore_index(tmp_path):
     values = RNG.choice(np.uint8([0, 1, 2, 11, 255]), (30, 30))
     file = saved(tmp_path, Image.fromarray(values), 'm.png')
-    assert np.array_equal(images.read_mask(file, classes=12, ignore_index=255), values)
+    assert np.array_equal(masks.read_mask(file, classes=12, ignore_index=255), values)
     with pytest.raises(config.UserMistake, match='0 to 11'):
-        images.read_mask(file, classes=12)
+        masks.read_mask(file, classes=12)
     file = saved(tmp_path, palette(np.minimum(values, 2), [BLACK, MAROON, WHITE]), 'p.png')
-    assert np.array_equal(images.read_mask(file, classes=3), np.minimum(values, 2))
+    assert np.array_equal(masks.read_mask(file, classes=3), np.minimum(values, 2))
 
 
 def test_a_grey_gif_keeps_its_values_although_it_is_stored_as_a_palette(tmp_path):
     for values in ([0, 2], [0, 1, 2], [2]):
         mask = RNG.choice(np.uint8(values), (30, 30))
         file = saved(tmp_path, Image.fromarray(mask), 'm.gif')
-        assert np.array_equal(images.read_mask(file, classes=3), mask)
+        assert np.array_equal(masks.read_mask(file, classes=3), mask)
     with pytest.raises(config.UserMistake, match='m.gif: mask values 7'):
-        images.read_mask(saved(tmp_path, Image.new('L', (9, 9), 7), 'm.gif'))
+        masks.read_mask(saved(tmp_path, Image.new('L', (9, 9), 7), 'm.gif'))
 
 
 def test_palette_indices_are_classes_also_where_two_of_them_are_black_and_white(tmp_path):
     file = saved(tmp_path, palette(MASK, [BLACK, WHITE, MAROON]), 'm.png')
-    assert np.array_equal(images.read_mask(file, classes=3), MASK)
+    assert np.array_equal(masks.read_mask(file, classes=3), MASK)
 
 
 def test_ignore_index_in_a_binary_mask(tmp_path):
     values = RNG.choice(np.uint8([0, 1, 255]), (30, 30))
     file = saved(tmp_path, Image.fromarray(values), 'm.png')
-    assert np.array_equal(images.read_mask(file, ignore_index=255), values)
+    assert np.array_equal(masks.read_mask(file, ignore_index=255), values)
 
 
 def test_masks_are_resized_by_the_nearest_pixel_at_the_right_place(tmp_path):
     file = saved(tmp_path, Image.fromarray(MASK), 'm.png')
-    small = images.read_mask(file, size=(10, 10))
+    small = masks.read_mask(file, size=(10, 10))
     assert small.shape == (10, 10)
     assert np.array_equal(small[:, 4], MASK[1::2][:, 13])  # pixel centres 4.5 * 3 = 13.5
 
@@ -232,25 +233,25 @@ def brute_force(mask):
 @pytest.mark.parametrize('shape', [(1, 1), (1, 9), (9, 1), (7, 11)])
 def test_rle_against_brute_force_and_back(density, shape):
     mask = (np.random.default_rng(3).random(shape) < density).astype(np.uint8)
-    assert images.rle_encode(mask) == brute_force(mask)
-    assert np.array_equal(images.rle_decode(images.rle_encode(mask), shape), mask)
+    assert masks.rle_encode(mask) == brute_force(mask)
+    assert np.array_equal(masks.rle_decode(masks.rle_encode(mask), shape), mask)
 
 
 def test_rle_by_hand():
     mask = np.zeros((3, 4), np.uint8)
-    assert images.rle_encode(mask) == ''
+    assert masks.rle_encode(mask) == ''
     mask[0, 0] = 1
-    assert images.rle_encode(mask) == '1 1'
+    assert masks.rle_encode(mask) == '1 1'
     mask[0, 3] = mask[1, 0] = 1  # a run goes on in the next row
-    assert images.rle_encode(mask) == '1 1 4 2'
+    assert masks.rle_encode(mask) == '1 1 4 2'
     mask[2, 3] = 1
-    assert images.rle_encode(mask) == '1 1 4 2 12 1'
-    assert images.rle_encode(np.ones((3, 4), bool)) == '1 12'
-    assert images.rle_encode(mask * 255) == '1 1 4 2 12 1'
+    assert masks.rle_encode(mask) == '1 1 4 2 12 1'
+    assert masks.rle_encode(np.ones((3, 4), bool)) == '1 12'
+    assert masks.rle_encode(mask * 255) == '1 1 4 2 12 1'
 
 
 def test_rle_decode_of_an_empty_cell_and_of_nonsense():
-    assert not images.rle_decode(float('nan'), (2, 2)).any()
+    assert not masks.rle_decode(float('nan'), (2, 2)).any()
     for wrong in ('1', '0 1', '4 2', '1 2 2 1', '1 0', '3 1 1 1'):
         with pytest.raises(ValueError):
-            images.rle_decode(wrong, (2, 2))
+            masks.rle_decode(wrong, (2, 2))

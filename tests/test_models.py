@@ -5,7 +5,7 @@ import pickle
 import pytest
 import safetensors.torch
 import torch
-from conftest import settings
+from conftest import Evil, settings
 from segmentation_models_pytorch.encoders import get_encoder
 
 import command_line
@@ -137,11 +137,6 @@ def test_weights_of_another_model_are_refused(tmp_path):
     torch.save({'layer1.weight': torch.zeros(3)}, tmp_path / 'w.pt')
     with pytest.raises(config.UserMistake, match='none of its 1 tensors fits'):
         model_dispatcher.build_model('smp_unet_resnet18', weights=str(tmp_path / 'w.pt'))
-
-
-class Evil:
-    def __reduce__(self):
-        return exec, ('raise AssertionError("code in a pickle was run")',)
 
 
 @pytest.mark.parametrize('data', [b'', b'abc', pickle.dumps(Evil())])

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 import command_line
 import config
 import folds
-import images
+import masks
+import pairs
 from dataset import CarvanaDataset
 from Lightning_module import CarvanaModel
 
@@ -100,7 +101,7 @@ def test_out_of_fold_scores_can_be_recomputed(trained):
         model = CarvanaModel.load_from_checkpoint(folder / row.checkpoint, weights_only=True).eval()
         data = CarvanaDataset([row.fold])
         for index, name in enumerate(data.names):
-            truth = np.array(Image.open(folds.files_of(name)[1]))
+            truth = np.array(Image.open(pairs.files_of(name)[1]))
             with torch.inference_mode():
                 p = model(data[index]['image'][None]).sigmoid()
                 full = F.interpolate(p, truth.shape, mode='bilinear', align_corners=False)[
@@ -119,7 +120,7 @@ def test_the_submission_decodes_to_masks_that_fit(trained):
     assert list(table.columns) == ['img', 'rle_mask']
     assert table.img.tolist() == sorted(f.name for f in (folder / 'input/test_hq').iterdir())
     for row in table.itertuples():
-        mask = images.rle_decode(row.rle_mask, (48, 64))
+        mask = masks.rle_decode(row.rle_mask, (48, 64))
         bright = np.array(Image.open(folder / 'input/test_hq' / row.img)).mean(2) > 115
         assert 2 * (mask & bright).sum() / (mask.sum() + bright.sum()) > 0.7
 
@@ -141,7 +142,7 @@ def test_a_checkpoint_and_a_folder_are_enough_to_predict(trained, tmp_path):
     table = pd.read_csv(tmp_path / 'out/submission.csv')
     for row in table.itertuples():
         png = np.array(Image.open(tmp_path / 'out/test_masks' / row.img.replace('.jpg', '.png')))
-        assert np.array_equal(png, 255 * images.rle_decode(row.rle_mask, (48, 64)))
+        assert np.array_equal(png, 255 * masks.rle_decode(row.rle_mask, (48, 64)))
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import draw_ellipse, settings
+from conftest import Evil, draw_ellipse, settings
 from PIL import Image
 
 import command_line
 import config
 import images
 import Lightning_tester
+import masks
+import out_of_fold
 import predictor
-from dataset import ImageFiles
+from image_files import ImageFiles
 from Lightning_module import CarvanaModel
 
 
@@ -44,7 +46,7 @@ def test_images_of_every_kind_give_the_right_answer(model, tmp_path):
     rows = submission(model)
     assert rows['rgb.png'] and rows['rgb.png'] == rows['rgba.png'] == rows['turned.png']
     assert rows['grey.png'] == rows['grey_rgb.png'] != rows['rgb.png']
-    assert images.rle_decode(rows['turned.png'], (48, 64)).any()
+    assert masks.rle_decode(rows['turned.png'], (48, 64)).any()
 
 
 def test_images_of_different_sizes_share_a_batch(model, tmp_path):
@@ -54,7 +56,7 @@ def test_images_of_different_sizes_share_a_batch(model, tmp_path):
         )
     rows = submission(model)
     for number, size in enumerate([(40, 60), (61, 33), (32, 32)]):
-        mask = images.rle_decode(rows[f'{number}.png'], size)
+        mask = masks.rle_decode(rows[f'{number}.png'], size)
         alone = predictor.predict_one(model, tmp_path / f'test/{number}.png', 0.5)
         assert np.array_equal(mask, alone)
 
@@ -121,7 +123,7 @@ def test_probabilities_are_averaged_before_the_threshold_and_mirrored(model, tmp
     file = tmp_path / 'test/a.png'
     Image.fromarray(draw_ellipse(np.random.default_rng(3))[0]).save(file)
     runner = predictor.Predictor({0: model, 1: other}, [0.5], mirrored=True)
-    from dataset import collate_files
+    from image_files import collate_files
 
     batch = collate_files([ImageFiles([file], runner.inputs)[0]])
     x = batch['images'][0]
@@ -138,9 +140,9 @@ def test_counts_at_many_thresholds_agree_with_each_by_itself():
     p = torch.rand(1, 1, 30, 40, generator=generator).round(decimals=2)  # some on the thresholds
     mask = torch.randint(0, 2, (30, 40), generator=generator).to(torch.uint8)
     mask[:3] = 255
-    runner = predictor.Predictor({}, predictor.GRID)
+    runner = predictor.Predictor({}, out_of_fold.GRID)
     counts = runner.counts(p, mask, 255)
-    for row, threshold in zip(counts, torch.tensor(predictor.GRID)):
+    for row, threshold in zip(counts, torch.tensor(out_of_fold.GRID)):
         positive, valid = (p[0, 0] > threshold) & (mask != 255), mask == 1
         expected = [(positive & valid).sum(), (positive & ~valid).sum(), (~positive & valid).sum()]
         assert row[:, 0].tolist() == [int(x) for x in expected]
@@ -172,11 +174,6 @@ def test_models_may_differ_in_size(model, tmp_path):
     other = CarvanaModel([0], [1], CROP_SIZE=[64, 32], MODEL_NAME='smp_fpn_resnet18').eval()
     Lightning_tester.predict_test({0: model, 1: other}, 0.5)
     assert (tmp_path / 'output/submission.csv').read_text().startswith('img,rle_mask\na.png,')
-
-
-class Evil:
-    def __reduce__(self):
-        return exec, ('raise AssertionError("code in a pickle was run")',)
 
 
 def test_code_in_a_checkpoint_is_never_run(model, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SRC, environment
+from conftest import SRC, Evil, environment
 
 import command_line
 import config
@@ -18,11 +18,6 @@ import folds
 import runs
 import runtime
 import tables
-
-
-class Evil:
-    def __reduce__(self):
-        return exec, ('raise AssertionError("code in a pickle was run")',)
 
 
 @pytest.fixture
@@ -54,7 +49,7 @@ MISTAKES = {
     'batch': (give(TRAIN_BATCH_SIZE=9), 'TRAIN_BATCH_SIZE=9 is more than the 8 training .*most 8'),
     'loss': (give(LOSS='DiceLoss'), "no loss is called 'DiceLoss'; did you mean"),
     'loss and classes': (give(LOSS='BCE', CLASSES=3), 'BCE is not for CLASSES=3'),
-    'loss arguments': (give(LOSS_ARGS={'alhpa': 1}), 'IoULoss has no argument alhpa. It takes'),
+    'loss arguments': (give(LOSS_ARGS={'alhpa': 1}), 'IoULoss has no argument alhpa; it takes'),
     'decoder': (give(MODEL_NAME='smp_unett_resnet18'), "no decoder 'unett'; did you mean unet"),
     'encoder': (give(MODEL_NAME='smp_unet_resnet19'), "no encoder 'resnet19'; did you mean"),
     'pair': (give(MODEL_NAME='smp_dpt_resnet18'), 'dpt cannot be built on resnet18'),

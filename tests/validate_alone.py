@@ -22,9 +22,7 @@ def main() -> None:
     runtime.silence()
     pl.seed_everything(3, verbose=False)
     model = CarvanaModel([1, 2], [0])
-    trainer = pl.Trainer(
-        **runtime.hardware(), logger=False, enable_progress_bar=False, enable_checkpointing=False
-    )
+    trainer = runtime.bare_trainer()
     trainer.validate(model, verbose=False)
     if trainer.is_global_zero:
         scores = {name: value.item() for name, value in trainer.callback_metrics.items()}

@@ -1,0 +1,101 @@
+"""Images with their masks: where they are, whether they belong together, and both at CROP_SIZE."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+
+import config
+import images
+import masks
+from tables import some
+
+MASKS_LOOKED_AT = 500  # of more masks, so many are decoded here; the first epoch meets the others
+
+
+def files_of(name: str) -> tuple[Path, Path]:
+    """The image file and the mask file of a training image."""
+    return (
+        config.path(config.TRAIN_PATH) / (name + config.IMAGE_SUFFIX),
+        config.path(config.MASK_PATH) / (name + config.MASK_SUFFIX),
+    )
+
+
+def files_in(folder: Path, suffix: str, constant: str) -> list[str]:
+    """Names, without the suffix, of a folder's files that end in it; hidden files do not count.
+
+    Raises config.UserMistake where there are none, telling what else is there.
+    """
+    if not folder.is_dir():
+        raise config.UserMistake(f'{folder}: no such folder: set {constant} or INPUT')
+    files = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith('.'))
+    names = [file.removesuffix(suffix) for file in files if file.endswith(suffix)]
+    if not names:
+        endings = Counter(os.path.splitext(file)[1] or 'no suffix' for file in files)
+        there = ', '.join(f'{count} {ending}' for ending, count in endings.most_common(4))
+        raise config.UserMistake(
+            f'{folder}: no file named *{suffix}, but {there or "it is empty"}: set {constant} (are '
+            'TRAIN_PATH and MASK_PATH swapped?) or its suffix'
+        )
+    return names
+
+
+def check(names: list[str]) -> None:
+    """Every image has a mask of its own size, and the masks hold classes; some are decoded."""
+    image_folder, mask_folder = config.path(config.TRAIN_PATH), config.path(config.MASK_PATH)
+    with_image = set(files_in(image_folder, config.IMAGE_SUFFIX, 'TRAIN_PATH'))
+    with_mask = set(files_in(mask_folder, config.MASK_SUFFIX, 'MASK_PATH'))
+    for missing, what in (
+        ([n for n in names if n not in with_image], f'have no file in {config.TRAIN_PATH}'),
+        ([n for n in names if n not in with_mask], f'have no mask in {config.MASK_PATH}'),
+    ):
+        if missing:
+            raise config.UserMistake(
+                f'{len(missing)} of {len(names)} images {what}: {some(missing)}'
+            )
+    lonely = sorted(with_mask - with_image)
+    if lonely and not config.path(config.TRAIN_CSV).is_file():
+        raise config.UserMistake(
+            f'{len(lonely)} masks in {config.MASK_PATH} have no image *{config.IMAGE_SUFFIX} in '
+            f'{config.TRAIN_PATH}: {some(lonely)}'
+        )
+    differ = []
+    for name in tqdm(names, 'checking headers', disable=None, leave=False):
+        image_file, mask_file = files_of(name)
+        image_size = images.check_header(image_file)
+        _, mask_size = images.header(mask_file)
+        if image_size != mask_size:
+            differ.append(f'{name} ({shape(image_size)} and {shape(mask_size)})')
+    if differ:
+        raise config.UserMistake(
+            f'{len(differ)} images and their masks differ in size (width x height): {some(differ)}'
+        )
+    constant = Counter()
+    step = max(1, len(names) // MASKS_LOOKED_AT)
+    for name in tqdm(names[::step], 'checking masks', disable=None, leave=False):
+        mask = masks.read_mask(files_of(name)[1], config.CLASSES, config.IGNORE_INDEX)
+        if mask.min() == mask.max():
+            constant[int(mask.min())] += 1
+    for value, count in sorted(constant.items()):
+        print(f'{count} of {len(names[::step])} masks looked at hold nothing but class {value}')
+
+
+def shape(size: tuple[int, int]) -> str:
+    return f'{size[1]}x{size[0]}'
+
+
+def form() -> dict:
+    """What config.py says of the pairs: the keyword arguments of read_pair."""
+    return {
+        'size': config.crop_size(),
+        'channels': config.CHANNELS,
+        'classes': config.CLASSES,
+        'ignore_index': config.IGNORE_INDEX,
+    }
+
+
+def read_pair(image_file, mask_file, size, channels, classes, ignore_index) -> tuple:
+    """The image, uint8 (H, W, channels), and its mask, uint8 (H, W), both resized to `size`."""
+    image = images.read_image(image_file, channels, [size])[0]
+    return image, masks.read_mask(mask_file, classes, ignore_index, size)
