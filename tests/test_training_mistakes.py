@@ -154,7 +154,7 @@ def test_the_share_of_waiting_by_hand(durations, share):
 
 
 def test_advice_where_the_device_waits(monkeypatch):
-    monkeypatch.setattr(runtime, 'cores', lambda: 4)
+    monkeypatch.setattr(config, 'cores', lambda: 4)
     config.NUM_WORKERS = 2
     assert runtime.advice(0.1) == ''
     assert 'NUM_WORKERS from 2 to 4' in runtime.advice(0.11)
