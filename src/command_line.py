@@ -1,5 +1,6 @@
 """NAME=value words, --help and the checks of config.py; standard library alone, so it is instant."""
 
+import argparse
 import ast
 import errno
 import re
@@ -29,23 +30,33 @@ DISK = {
     errno.EPERM,
     errno.ENOTDIR,
 }
-ANYTHING = (lambda v: True), 'anything'  # a constant that a user has added
+# A constant that a user has added; checkpoints, which run no code, can hold nothing else.
+PLAIN = (
+    (lambda v: is_plain(v)),
+    'text, a number, True, False, None, or lists or dictionaries of them',
+)
+FOLDERS = ('INPUT', 'OUTPUT', 'LOGS_PATH', 'TRAIN_PATH', 'MASK_PATH', 'TEST_PATH')
+FILES = ('TRAIN_CSV', 'TEST_CSV', 'TRAIN_FOLDS', 'IMAGE_SUFFIX', 'MASK_SUFFIX')
 LEGAL = {
+    **dict.fromkeys((*FOLDERS, *FILES, 'MODEL_NAME', 'LOSS', 'ACCELERATOR', 'STRATEGY'), TEXT),
+    **dict.fromkeys(('EPOCHS', 'TRAIN_BATCH_SIZE', 'VAL_BATCH_SIZE', 'NUM_NODES'), POSITIVE),
+    **dict.fromkeys(('CACHE', 'RESUME', 'COMPILE', 'TTA', 'SAVE_MASKS'), FLAG),
+    'ACCUMULATE_GRAD_BATCHES': POSITIVE,
     'CROP_SIZE': (
-        lambda v: all(is_int(x) and x > 0 for x in pair(v)) and len(pair(v)) == 2,
+        lambda v: all(is_int(x) and x > 0 for x in config.pair(v)) and len(config.pair(v)) == 2,
         'a side in pixels, or (height, width)',
     ),
     'CHANNELS': (lambda v: is_int(v) and v in (1, 3), '1 or 3'),
     'CLASSES': (lambda v: is_int(v) and 1 <= v <= 255, 'a whole number from 1 to 255'),
     'INPUT_SHAPE': (
-        lambda v: list(v) == [config.CHANNELS, *pair(config.CROP_SIZE)],
+        lambda v: list(v) == [config.CHANNELS, *config.pair(config.CROP_SIZE)],
         '(CHANNELS, height, width): set CROP_SIZE instead',
     ),
     'MODEL_MEAN': COLOURS,
     'MODEL_STD': (lambda v: COLOURS[0](v) and min(v) > 0, COLOURS[1] + ', each above 0'),
     'IGNORE_INDEX': (
-        lambda v: v is None or (is_int(v) and 0 <= v <= 255),
-        'None or a mask value from 0 to 255',
+        lambda v: v is None or (is_int(v) and (0 if config.CLASSES > 2 else 2) <= v <= 255),
+        'None or a mask value from 0 to 255; from 2 where CLASSES is 1 or 2, as 0 and 1 are the classes',
     ),
     'N_FOLDS': (lambda v: is_int(v) and v >= 2, 'a whole number from 2 up'),
     'GROUP_REGEX': (
@@ -70,7 +81,6 @@ LEGAL = {
     ),
     'SEED': (lambda v: is_int(v) and 0 <= v < 2**32, 'a whole number from 0 to 2**32 - 1'),
     'NUM_WORKERS': COUNT,
-    'ACCELERATOR': TEXT,
     'DEVICES': (
         lambda v: v == 'auto' or (is_int(v) and (v > 0 or v == -1)),
         "a number of devices per machine, -1 or 'auto'",
@@ -91,8 +101,19 @@ def is_number(value) -> bool:
     return is_int(value) or isinstance(value, float)
 
 
-def pair(value) -> tuple:
-    return tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+def is_plain(value) -> bool:
+    if isinstance(value, dict):
+        return all(is_plain(x) for x in (*value, *value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, (str, int, float))
+
+
+def positive(text: str) -> int:
+    """An option's whole number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be {POSITIVE[1]}')
+    return int(text)
 
 
 def has_group(pattern: str) -> bool:
@@ -100,12 +121,6 @@ def has_group(pattern: str) -> bool:
         return re.compile(pattern).groups >= 1
     except re.error:
         return False
-
-
-def legal(name: str) -> tuple:
-    """(test, description) of the legal values of a constant, by its table or its default's type."""
-    kinds = {bool: FLAG, int: POSITIVE, str: TEXT}
-    return LEGAL.get(name) or kinds.get(type(DEFAULTS[name]), ANYTHING)
 
 
 DEFAULTS = config.constants()
@@ -128,22 +143,22 @@ def override(words: list[str]) -> None:
             given[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             given[name] = text
-        if legal(name) is TEXT and not isinstance(given[name], str):
+        if LEGAL.get(name) is TEXT and not isinstance(given[name], str):
             given[name] = text  # INPUT=2018 is a folder
+    if not given:
+        return
     # The form is run again from its top with the given values in place of the written ones.
+    definitions = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
     for statement in ast.parse(Path(config.__file__).read_text(encoding='utf-8')).body:
-        if isinstance(statement, ast.Assign) and statement.targets[0].id.isupper():
-            name = statement.targets[0].id
-            if name in given:
-                setattr(config, name, given[name])
-            else:
-                exec(compile(ast.Module([statement], []), config.__file__, 'exec'), vars(config))
+        if not isinstance(statement, definitions):
+            exec(compile(ast.Module([statement], []), config.__file__, 'exec'), vars(config))
+            vars(config).update(given)
 
 
 def check() -> None:
     """Check every constant by itself; raises config.UserMistake naming it and its legal values."""
     for name, value in config.constants().items():
-        test, description = legal(name)
+        test, description = LEGAL.get(name, PLAIN)
         try:
             fits = test(value)
         except TypeError:
@@ -152,20 +167,32 @@ def check() -> None:
             raise config.UserMistake(f'{name}={value!r}: must be {description}')
 
 
-def start(doc: str, words: list[str] | None = None) -> None:
-    """First line of a script: NAME=value words and --help, before the imports that take seconds."""
-    words = sys.argv[1:] if words is None else words
-    if {'-h', '--help'} & set(words):
+def start(doc: str, options: dict[str, dict] | None = None) -> argparse.Namespace:
+    """First line of a script: NAME=value words and --help, before the imports that take seconds.
+
+    Args:
+        options: a script's own options: name -> the arguments of argparse's add_argument.
+
+    Returns: their values, and in `words` the NAME=value words.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f'{message}; --help tells what there is')
+    for name, arguments in (options or {}).items():
+        parser.add_argument(name, **arguments)
+    parser.add_argument('words', nargs='*')
+    if {'-h', '--help'} & set(sys.argv[1:]):
         names = [name for name in DEFAULTS if re.search(rf'\b{name}\b', doc)]
         lines = [f'  {name} = {getattr(config, name)!r}' for name in names]
         print(f'{doc.strip()}\n\nConstants (config.py), to be given as NAME=value for one run:')
         print('\n'.join(lines))
         sys.exit()
+    values = parser.parse_intermixed_args()
     try:
-        override(words)
+        override(values.words)
         check()
     except config.UserMistake as mistake:
         sys.exit(str(mistake))
+    return values
 
 
 def run(main) -> None:

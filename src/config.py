@@ -16,6 +16,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
+def pair(size) -> tuple:
+    """(height, width) of CROP_SIZE's kind: a side, or the two."""
+    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+
 # ---------------------------------------------------------------- paths
 INPUT = 'input'  # only ever read: Kaggle mounts it read-only
 OUTPUT = 'output'  # tables, pictures and exported models
@@ -35,7 +40,7 @@ MASK_SUFFIX = '_mask.gif'  # mask file = name + MASK_SUFFIX
 CROP_SIZE = 1024  # pixels every image is resized to: a side, or (height, width)
 CHANNELS = 3  # 3 = RGB, 1 = grey
 CLASSES = 1  # 1 = binary (sigmoid, masks 0/1), N = multi-class (softmax, masks 0..N-1)
-INPUT_SHAPE = (CHANNELS, *(CROP_SIZE if isinstance(CROP_SIZE, tuple) else [CROP_SIZE] * 2))
+INPUT_SHAPE = (CHANNELS, *pair(CROP_SIZE))
 MODEL_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, per channel, for images scaled to 0..1
 MODEL_STD = (0.229, 0.224, 0.225)
 IGNORE_INDEX = None  # mask value that is neither trained on nor scored, e.g. 255
@@ -91,7 +96,7 @@ def path(name: str) -> Path:
 
 def crop_size() -> tuple[int, int]:
     """CROP_SIZE as (height, width) in pixels."""
-    return (CROP_SIZE, CROP_SIZE) if isinstance(CROP_SIZE, int) else tuple(CROP_SIZE)
+    return pair(CROP_SIZE)
 
 
 def constants() -> dict:

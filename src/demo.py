@@ -38,17 +38,6 @@ CARS = 18
 STEPS = ('folds.py', 'Lightning_trainer.py', 'Lightning_tester.py')
 
 
-def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument('--cars', type=int, default=CARS)
-    parser.add_argument('--test-cars', type=int, default=2)
-    parser.add_argument('--size', type=size, default=(480, 320))
-    parser.add_argument('--folder', default=None)
-    parser.add_argument('--only-draw', action='store_true')
-    parser.add_argument('words', nargs='*')
-    return parser.parse_args()
-
-
 def size(text: str) -> tuple[int, int]:
     """'1918x1280' -> (1918, 1280), width and height in pixels."""
     match = re.fullmatch(r'(\d+)x(\d+)', text)
@@ -57,18 +46,25 @@ def size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def words(folder: Path) -> list[str]:
-    """NAME=value words of the demo's settings, for the cars in a folder."""
-    return [*(f'{name}={value}' for name, value in SETTINGS.items()), f'INPUT={folder}']
+def words(given: list[str], **paths) -> list[str]:
+    """NAME=value words of the demo's settings, but for the given ones; the paths are the demo's own."""
+    given = [word for word in given if word.partition('=')[0] not in ('INPUT', *paths)]
+    return [f'{name}={value}' for name, value in (SETTINGS | paths).items()] + given
 
 
 if __name__ == '__main__':
     import command_line
 
-    if {'-h', '--help'} & set(sys.argv[1:]):
-        command_line.start(__doc__, ['--help'])
-    OPTIONS = options()
-    command_line.start(__doc__, OPTIONS.words)
+    OPTIONS = command_line.start(
+        __doc__,
+        {
+            '--cars': {'type': command_line.positive, 'default': CARS},
+            '--test-cars': {'type': command_line.positive, 'default': 2},
+            '--size': {'type': size, 'default': (480, 320)},
+            '--folder': {},
+            '--only-draw': {'action': 'store_true'},
+        },
+    )
 
 import demo_cars
 
@@ -81,8 +77,8 @@ def main() -> None:
     print(f'{cars} cars and {unseen} unseen ones from 16 sides in {folder}', flush=True)
     if OPTIONS.only_draw:
         return
-    given = [*words(folder), f'OUTPUT={config.OUTPUT}/demo', f'LOGS_PATH={config.LOGS_PATH}/demo']
-    given += OPTIONS.words
+    output, logs = f'{config.OUTPUT}/demo', f'{config.LOGS_PATH}/demo'
+    given = words(OPTIONS.words, INPUT=folder, OUTPUT=output, LOGS_PATH=logs)
     for step in STEPS:
         print(f'\n--- python {step}', flush=True)
         script = Path(__file__).with_name(step)

@@ -10,16 +10,13 @@ Writes  nothing.
 """
 
 import contextlib
-import sys
 
 import config
 
-LIST = sys.argv[1:2] == ['--list']  # and what a name must hold, where given
-WORDS = sys.argv[3:] if LIST else sys.argv[1:]
 if __name__ == '__main__':
     import command_line
 
-    command_line.start(__doc__, WORDS)
+    OPTIONS = command_line.start(__doc__, {'--list': {'nargs': '?', 'const': ''}})
 
 import torch
 from segmentation_models_pytorch.encoders import get_encoder
@@ -30,10 +27,10 @@ import model_dispatcher
 
 
 def main() -> None:
-    if LIST:
-        list_names(sys.argv[2] if len(sys.argv) > 2 else '')
-    else:
+    if OPTIONS.list is None:
         summarise()
+    else:
+        list_names(OPTIONS.list)
 
 
 def summarise() -> None:

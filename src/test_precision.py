@@ -14,7 +14,6 @@ FOLDS held out. The first 10 steps are not timed. A row that the hardware cannot
     python test_precision.py CROP_SIZE=1024 TRAIN_BATCH_SIZE=8 CACHE=True
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -22,23 +21,17 @@ import time
 
 import config
 
-
-def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument('--steps', type=int, default=100)
-    parser.add_argument('--seeds', type=int, default=1)
-    parser.add_argument('--row', default=None)  # set for the process of one row
-    parser.add_argument('words', nargs='*')
-    return parser.parse_args()
-
-
 if __name__ == '__main__':
     import command_line
 
-    if {'-h', '--help'} & set(sys.argv[1:]):
-        command_line.start(__doc__, ['--help'])
-    OPTIONS = options()
-    command_line.start(__doc__, OPTIONS.words)
+    OPTIONS = command_line.start(
+        __doc__,
+        {
+            '--steps': {'type': command_line.positive, 'default': 100},
+            '--seeds': {'type': command_line.positive, 'default': 1},
+            '--row': {},  # set for the process of one row
+        },
+    )
 
 import pandas as pd
 import pytorch_lightning as pl
@@ -63,9 +56,8 @@ def main() -> None:
         return
     start, words = time.monotonic(), OPTIONS.words
     if not config.path(config.TRAIN_PATH).is_dir():
-        others = [word for word in words if not word.startswith('INPUT=')]
-        words = [*demo.words(config.path(config.INPUT) / 'demo'), *others]
-        words.append(f'TRAIN_FOLDS={config.OUTPUT}/demo/train_folds.csv')
+        folder, table = f'{config.INPUT}/demo', f'{config.OUTPUT}/demo/train_folds.csv'
+        words = demo.words(words, INPUT=folder, TRAIN_FOLDS=table)
         print(f'no images in {config.TRAIN_PATH}: on the cars of the demo', flush=True)
         command_line.override(words)
         demo_cars.make_dataset(config.path(config.INPUT), demo.CARS, seed=config.SEED)

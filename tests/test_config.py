@@ -8,6 +8,7 @@ from conftest import SRC, run_script
 
 import command_line
 import config
+import demo
 
 CONTRACT = {
     'INPUT': 'input',
@@ -107,6 +108,7 @@ def test_constants_are_plain_types():
         ('MODEL_MEAN=[0.5]', 'per channel'),
         ('MODEL_STD=(1, 0, 1)', 'above 0'),
         ('IGNORE_INDEX=256', '0 to 255'),
+        ('IGNORE_INDEX=1', 'are the classes'),
         ('SEED=-1', '0 to 2**32'),
         ('LOSS_ARGS=3', 'dictionary'),
         ('AUGMENTATION=weak', 'original'),
@@ -158,3 +160,55 @@ def test_a_mistake_is_one_line_on_standard_error_with_status_1(tmp_path):
     assert result.stdout == ''
     assert result.stderr.count('\n') == 1 and 'train_hq' in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_whatever_the_form_says_is_kept_beside_the_words(tmp_path, monkeypatch):
+    edited = (SRC / 'config.py').read_text().replace(
+        'EPOCHS = 7', "if True:\n    INPUT = '/data'\nEPOCHS: int = 7\nLR, LOSS = 0.5, 'CE'\nFOLDS += []"
+    )  # fmt: skip
+    (tmp_path / 'config.py').write_text(edited)
+    monkeypatch.setattr(config, '__file__', str(tmp_path / 'config.py'))
+    command_line.override(['EPOCHS=1', 'LR=0.1'])
+    assert (config.INPUT, config.EPOCHS, config.LR, config.LOSS) == ('/data', 1, 0.1, 'CE')
+    assert config.FOLDS == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ('name', 'value'), [('EPOCHS', '7'), ('TRAIN_BATCH_SIZE', 2.5), ('OUTPUT', SRC), ('OWN', SRC)]
+)
+def test_a_wrong_type_written_into_the_form_is_refused(name, value):
+    setattr(config, name, value)
+    try:
+        with pytest.raises(config.UserMistake, match=f'{name}=.*must be'):
+            command_line.check()
+    finally:
+        vars(config).pop('OWN', None)
+
+
+def test_every_constant_has_its_legal_values():
+    assert set(command_line.LEGAL) | {'CROP_SIZE'} == set(config.constants())
+
+
+def test_a_side_or_a_pair_however_it_is_written():
+    for value in ('96', '(96, 96)', '[96, 96]'):
+        command_line.override([f'CROP_SIZE={value}'])
+        command_line.check()
+        assert config.crop_size() == (96, 96) and config.INPUT_SHAPE == (3, 96, 96)
+
+
+def test_a_scripts_own_options_stand_anywhere_among_the_words(monkeypatch, capsys):
+    options = {'--cars': {'type': command_line.positive, 'default': 18}}
+    monkeypatch.setattr(sys, 'argv', ['demo.py', 'FOLDS=[0]', '--cars', '3', 'EPOCHS=2'])
+    assert command_line.start('', options).cars == 3
+    assert (config.FOLDS, config.EPOCHS) == ([0], 2)
+    for words, message in ((['--cars', '0'], 'a whole number from 1 up'), (['-x'], '-x')):
+        monkeypatch.setattr(sys, 'argv', ['demo.py', *words])
+        with pytest.raises(SystemExit, match=f'{message}.*--help'):
+            command_line.start('', options)
+
+
+def test_the_demo_keeps_to_its_own_folders():
+    given = demo.words(['INPUT=/x', 'EPOCHS=2', 'OUTPUT=/y'], INPUT='/x/demo', OUTPUT='/y/demo')
+    command_line.override(given)
+    assert (config.INPUT, config.OUTPUT, config.EPOCHS) == ('/x/demo', '/y/demo', 2)
+    assert demo.SETTINGS['N_FOLDS'] == config.N_FOLDS
