@@ -1,11 +1,15 @@
 """CarvanaModel: the network, its loss, its data and its scores, as a LightningModule."""
 
+from pathlib import Path
+
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+import cache
 import config
 import dice_loss
+import folds
 import metrics
 import model_dispatcher
 from dataset import CarvanaDataset, EpochSampler, collate
@@ -55,13 +59,12 @@ class CarvanaModel(pl.LightningModule):
             values = 255 * torch.tensor(constants[name]).reshape(1, -1, 1, 1)
             self.register_buffer(name, values, persistent=False)
         self.unchecked = []
+        self.images = None  # folds.digests of what it was trained and validated on
 
     @property
     def input_form(self) -> tuple[int, int, int]:
         """(height, width, channels) of the images that the model was trained on."""
-        size = self.hparams.CROP_SIZE
-        height, width = (size, size) if isinstance(size, int) else size
-        return height, width, self.hparams.CHANNELS
+        return *config.pair(self.hparams.CROP_SIZE), self.hparams.CHANNELS
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (N, CLASSES, H, W) of 8-bit images (N, CHANNELS, H, W), values 0..255."""
@@ -138,14 +141,35 @@ class CarvanaModel(pl.LightningModule):
         self.log_dict(self.scores.compute(), sync_dist=True)
         self.scores.reset()
 
+    def on_fit_start(self) -> None:
+        self.images = folds.digests(self.hparams.val_folds[0])
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint['images'] = self.images
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.images = checkpoint.get('images')
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        parameters = list(self.parameters())
-        return torch.optim.Adam(parameters, lr=self.hparams.LR, fused=parameters[0].is_cuda)
+        # Fused on every device: a run may go on on another one, and brings this setting along.
+        return torch.optim.Adam(self.parameters(), lr=self.hparams.LR, fused=True)
+
+    def hand_on(self, folder: Path, threshold: float) -> None:
+        """Write the network into a folder for segmentation_models_pytorch.from_pretrained, with what
+        its user must know in config.json: `_mean` and `_std` of images scaled to 0..1, ..."""
+        facts = {
+            'mean': self.hparams.MODEL_MEAN,
+            'std': self.hparams.MODEL_STD,
+            'input_size': self.input_form[:2],
+            'classes': self.hparams.CLASSES,
+            'threshold': threshold,
+        }
+        model_dispatcher.export(self.model, folder, facts)
 
     def prepare_data(self) -> None:
         """Once per machine, before the workers start: build the cache."""
         if self.hparams.CACHE:
-            CarvanaDataset(self.hparams.val_folds)
+            cache.open_cache()
 
     def train_dataloader(self) -> DataLoader:
         data = CarvanaDataset(self.hparams.train_folds, train=True)

@@ -4,8 +4,9 @@ Reads   OUTPUT/models.csv and its checkpoints, or the one checkpoint PATH; TRAIN
         images and masks (TRAIN_PATH, MASK_PATH, IMAGE_SUFFIX, MASK_SUFFIX) of FOLDS; the images of
         TEST_PATH, in the order of TEST_CSV where it exists.
 Writes  OUTPUT/oof.csv: img,kfold,dice,iou at each image's own size; oof_worst.png,
-        oof_histogram.png; OUTPUT/submission.csv: img,rle_mask; test_samples.png; with SAVE_MASKS
-        OUTPUT/test_masks/<img>.png.
+        oof_histogram.png; OUTPUT/submission.csv: img,rle_mask; test_samples.png; with SAVE_MASKS,
+        or several classes, OUTPUT/test_masks/<img>.png; OUTPUT/model_fold#/, each model for
+        smp.from_pretrained.
 
 Every model is rebuilt from the constants in its own checkpoint. THRESHOLD=None is tuned on the
 out-of-fold predictions. TTA adds the mirrored image. RESUME goes on after the images that a killed
@@ -22,10 +23,12 @@ if __name__ == '__main__':
 
     command_line.start(__doc__)
 
+import csv
 from pathlib import Path
 
 import cv2
 import numpy as np
+from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
 
 import images
@@ -33,6 +36,7 @@ import masks
 import out_of_fold
 import plots
 import predictor
+import runs
 import runtime
 import tables
 from image_files import ImageFiles
@@ -43,8 +47,13 @@ from part_writer import PartWriter
 def main() -> None:
     runtime.silence()
     models = load_models()
-    threshold = out_of_fold.score(models)
-    predict_test(models, threshold)
+    with runs.alone('OUTPUT'):
+        threshold = out_of_fold.score(models)
+        predict_test(models, threshold)
+        if rank_zero_only.rank == 0:
+            for fold, model in models.items():
+                model.hand_on(config.path(config.OUTPUT) / f'model_fold{fold}', threshold)
+            print(f'{config.OUTPUT}/model_fold#: the models for smp.from_pretrained')
 
 
 def load_models() -> dict[int, CarvanaModel]:
@@ -112,15 +121,16 @@ def predict_test(models: dict[int, CarvanaModel], threshold: float) -> None:
         if save_masks:
             scale = 255 if classes == 1 else 1
             save_mask(mask_folder / (Path(name).stem + '.png'), mask * np.uint8(scale))
-        return f'{name},{masks.rle_encode(mask)}'
+        return masks.rle_encode(mask)
 
     data, target = ImageFiles(files, runner.inputs), output / 'submission.csv'
     writer = predictor.predict(runner, data, target, line, form={'masks': save_masks})
     if not writer.trainer.is_global_zero:
         return
     with tables.whole_text(target) as file:
-        file.write('img,rle_mask\n')
-        file.writelines(f'{row}\n' for row in writer.lines(f.name for f in files))
+        rows = csv.writer(file, lineterminator='\n')
+        rows.writerow(['img', 'rle_mask'])
+        rows.writerows(zip((f.name for f in files), writer.lines(f.name for f in files)))
     draw_test(files, writer, classes)
     writer.remove_parts()
     print(
@@ -139,13 +149,19 @@ def test_files(folder: Path) -> list[Path]:
         return [folder / name for name in there]
     table = tables.read_table(config.path(config.TEST_CSV), ['img'], 'mend or remove it')
     asked = [name.removesuffix(suffix) + suffix for name in table.img.drop_duplicates()]
-    missing, extra = sorted(set(asked) - set(there)), sorted(set(there) - set(asked))
+    missing, extra = set(asked) - set(there), set(there) - set(asked)
+    if len(missing) == len(set(asked)):
+        print(f'{config.TEST_CSV} lists none of the images in {folder}: all of these are predicted')
+        return [folder / name for name in there]
     if missing:
         print(
-            f'{len(missing)} images of {config.TEST_CSV} are not in {folder}: {tables.some(missing)}'
+            f'{len(missing)} images of {config.TEST_CSV} are not in {folder}: '
+            + tables.some(sorted(missing))
         )
     if extra:
-        print(f'{len(extra)} images in {folder} are not in {config.TEST_CSV}: {tables.some(extra)}')
+        print(
+            f'{len(extra)} images in {folder} are not in {config.TEST_CSV}: {tables.some(sorted(extra))}'
+        )
     return [folder / name for name in asked if name not in missing]
 
 
@@ -168,7 +184,7 @@ def draw_test(files: list[Path], writer: PartWriter, classes: int) -> None:
     for axis, file, line in zip(axes.flat, files, writer.lines(f.name for f in files)):
         image = images.read_image(file)[0]
         if classes == 1:
-            mask = masks.rle_decode(line.partition(',')[2], image.shape[:2])
+            mask = masks.rle_decode(line, image.shape[:2])
         else:
             folder = config.path(config.OUTPUT) / 'test_masks'
             mask = masks.read_mask(folder / f'{file.stem}.png', classes)

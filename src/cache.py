@@ -19,6 +19,7 @@ from tqdm import tqdm
 import config
 import folds
 import pairs
+import tables
 
 
 class Cache:
@@ -44,7 +45,10 @@ def open_cache() -> Cache:
     names = folds.read_folds().img.tolist()
     folder = config.path(config.OUTPUT) / 'cache' / key(names)
     if not folder.is_dir():
-        build(folder, names)
+        lock = config.path(config.OUTPUT) / '.cache.lock'
+        with tables.locked(lock):  # another machine may be building it
+            if not folder.is_dir():
+                build(folder, names)
     return Cache(folder, names)
 
 

@@ -27,17 +27,23 @@ from Lightning_module import CarvanaModel
 
 
 def train_fold(fold: int) -> None:
-    """Train the model of one fold on all the other folds, and enter it in models.csv."""
-    start = time.monotonic()
+    """Train the model of one fold on all the other folds, and enter it in models.csv; with RESUME go
+    on where its last run stopped."""
     runtime.silence()
     runtime.follow_parent()
-    held = runs.lock() if rank_zero_only.rank == 0 else None
-    last = runs.last_run(fold) if config.RESUME else None
-    if last is not None and last['epoch'] + 1 >= config.EPOCHS:
-        draw_curves(fold, last['folder'], last['history'])
-        tables.enter_model(fold, last['folder'], last['best'], last['history'])
-        print(f'fold {fold} has its {config.EPOCHS} epochs: {tables.relative(last["folder"])}')
-        return
+    with runs.alone('LOGS_PATH'):
+        last = runs.last_run(fold) if config.RESUME else None
+        if last is None or last['epoch'] + 1 < config.EPOCHS:
+            train(fold, last)
+        elif rank_zero_only.rank == 0:
+            draw_curves(fold, last['folder'], last['history'])
+            tables.enter_model(fold, last['folder'], last['best'], last['history'])
+            print(f'fold {fold} has its {config.EPOCHS} epochs: {tables.relative(last["folder"])}')
+
+
+def train(fold: int, last: dict | None) -> None:
+    """Train a fold from its start, or from its `last` run's newest checkpoint."""
+    start = time.monotonic()
     table = folds.read_folds()
     others = [k for k in range(config.N_FOLDS) if k != fold]
     pl.seed_everything(config.SEED + fold, workers=True, verbose=False)
@@ -57,7 +63,6 @@ def train_fold(fold: int) -> None:
         sys.exit(128 + signal.SIGTERM)
     if trainer.is_global_zero:
         finish(fold, trainer, time.monotonic() - start)
-        held.release()
 
 
 def check_batch_size(fold: int, images: int) -> None:
@@ -108,8 +113,7 @@ def make_trainer(fold: int, last: dict | None):
         writer.metrics_keys = sorted(history.columns)
         history.to_csv(writer.metrics_file_path, columns=writer.metrics_keys, index=False)
     bars = callbacks.progress_bars()
-    return pl.Trainer(
-        **runtime.hardware(),
+    return runtime.trainer(
         max_epochs=config.EPOCHS,
         accumulate_grad_batches=config.ACCUMULATE_GRAD_BATCHES,
         callbacks=[

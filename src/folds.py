@@ -18,6 +18,7 @@ if __name__ == '__main__':
 
     command_line.start(__doc__)
 
+import hashlib
 import os
 import re
 from collections import Counter
@@ -33,7 +34,11 @@ def main() -> None:
     names = image_names()
     pairs.check(names)
     table = assign_folds(names)
-    write_table(table, config.path(config.TRAIN_FOLDS))
+    file = config.path(config.TRAIN_FOLDS)
+    write_table(table, file)
+    # Images from a clock that goes ahead are not newer than the table that has just met them.
+    newest = max(modified(f) for name in names for f in pairs.files_of(name))
+    os.utime(file, (max(newest, modified(file)),) * 2)
     counts = table.groupby('kfold').agg(images=('img', 'size'), groups=('group', 'nunique'))
     counts.loc['all'] = counts.sum()
     print(counts.to_string())
@@ -123,6 +128,16 @@ def read_folds(folds: list[int] | None = None) -> pd.DataFrame:
             f'{config.TRAIN_FOLDS}: no image in fold {empty[0]}: {again} again'
         )
     return table if folds is None else table[table.kfold.isin(folds)].reset_index(drop=True)
+
+
+def digests(fold: int) -> dict[str, str]:
+    """What tells the images that a fold's model is trained and validated on from any others."""
+    table = read_folds()
+    parts = {'train': table[table.kfold != fold], 'val': table[table.kfold == fold]}
+    return {
+        name: hashlib.sha256('/'.join(part.img).encode()).hexdigest()[:16]
+        for name, part in parts.items()
+    }
 
 
 def check_up_to_date() -> None:

@@ -38,7 +38,9 @@ class Pixels:
             self.x, self.log_p = x, x.log_softmax(1)
         self.classes, self.size, top = x.shape[1], mask.shape, self.log_p.shape[1] - 1
         mask = mask.flatten(1).long()
-        self.keep = mask != (math.nan if ignore_index is None else ignore_index)
+        self.keep = torch.ones_like(mask, dtype=torch.bool)
+        if ignore_index is not None:
+            self.keep = mask != ignore_index
         self.target = mask.masked_fill(~self.keep, 0)
         self.count = self.keep.sum(1)
         if mask.device.type == 'cpu':  # elsewhere a look would make the host wait for the device

@@ -11,9 +11,9 @@ import images
 def read_mask(file, classes: int = 1, ignore_index: int | None = None, size=None) -> np.ndarray:
     """Decode a mask file into class indices, by one rule:
 
-    - The values are those stored: grey levels, 1-bit values, or palette indices. A palette stands
-      for its grey levels where a mask of one class (or two) uses black and white alone, and in a
-      GIF of greys. RGB(A) must be grey; alpha is left out.
+    - The values are those stored: grey levels, 1-bit values, or palette indices. A mask of
+      one class (or two) in a palette's black and white alone is 0 and 1; a GIF's palette of greys
+      stands for them. RGB(A) must be grey; alpha is left out.
     - Values equal to `ignore_index` stay as they are.
     - With one class (or two) 0 is background and 1 or 255 (65535 in 16 bits) foreground.
     - With more, values are class indices from 0 to classes - 1.
@@ -35,7 +35,7 @@ def read_mask(file, classes: int = 1, ignore_index: int | None = None, size=None
             f'{file}: a coloured mask; save it as class indices (a grey or palette PNG), one value '
             'per class'
         )
-    values = nearest(values, size)
+    values = np.require(nearest(values, size), requirements='W')  # PIL's own are read-only
     found = np.flatnonzero(cv2.calcHist([values], [0], None, [256], [0, 256]))
     table = index_table(found.tolist(), classes, ignore_index)
     if table is None:
@@ -66,10 +66,11 @@ def stored_values(image: Image.Image, classes: int, size=None) -> np.ndarray | N
         colours = np.array(image.getpalette('RGB'), np.uint8).reshape(-1, 3)
         colours = np.pad(colours, ((0, 256 - len(colours)), (0, 0)))
         used = np.flatnonzero(cv2.calcHist([indices], [0], None, [256], [0, 256]))
-        two_tone = classes <= 2 and np.isin(colours[used].sum(1, dtype=int), (0, 3 * 255)).all()
+        if classes <= 2 and np.isin(colours[used].sum(1, dtype=int), (0, 3 * 255)).all():
+            return cv2.LUT(indices, (colours[:, 0] > 0).astype(np.uint8))
         # GIF knows no grey images: what was saved as one comes back as a palette of greys.
         grey = image.format == 'GIF' and (colours == colours[:, :1]).all()
-        return cv2.LUT(indices, colours[:, 0].copy()) if two_tone or grey else indices
+        return cv2.LUT(indices, colours[:, 0].copy()) if grey else indices
     if image.mode == '1':
         return np.asarray(image).astype(np.uint8)
     if image.mode in ('I', 'I;16', 'I;16B', 'I;16L'):

@@ -83,7 +83,9 @@ class Scores(Metric):
         val_iou_dataset, the mean over classes of the whole data set's IoU, and each class's
         val_dice_class# and val_iou_class#, where the class is there."""
         index, counts, loss = (
-            torch.cat(state) if isinstance(state, list) else state
+            (
+                torch.cat(state) if isinstance(state, list) else state
+            ).cpu()  # float64 is not everywhere
             for state in (self.index, self.counts, self.loss)
         )
         order = index.argsort(stable=True)
@@ -99,4 +101,4 @@ class Scores(Metric):
                 if not dices[number].isnan():
                     scores[f'val_dice_class{number}'] = dices[number]
                     scores[f'val_iou_class{number}'] = ious[number]
-        return {name: value.float() for name, value in scores.items()}
+        return {name: value.float().to(self.device) for name, value in scores.items()}

@@ -10,7 +10,6 @@ import folds
 import images
 import masks
 import metrics
-import model_dispatcher
 import pairs
 import plots
 import predictor
@@ -29,8 +28,16 @@ def score(models: dict[int, CarvanaModel]) -> float:
     if not config.path(config.TRAIN_FOLDS).is_file():
         print(f'{config.TRAIN_FOLDS} is not there: nothing to score out of fold')
         return config.THRESHOLD or 0.5
+    reason = no_score(models)
+    if reason and config.PATH is None:
+        raise config.UserMistake(
+            f'{reason}: run Lightning_trainer.py again, or put the older file back'
+        )
+    if reason:
+        print(f'{reason}: nothing to score out of fold')
+        return config.THRESHOLD or 0.5
     table = folds.read_folds(list(models)).sort_values(['kfold', 'img'], ignore_index=True)
-    some = next(iter(models.values())).hparams
+    constants = next(iter(models.values())).hparams
     thresholds = sorted({*GRID, config.THRESHOLD or 0.5})
     runner = predictor.Predictor(models, thresholds, config.TTA)
     files = [pairs.files_of(name) for name in table.img]
@@ -39,37 +46,44 @@ def score(models: dict[int, CarvanaModel]) -> float:
         runner.inputs,
         [mask for _, mask in files],
         table.kfold.tolist(),
-        some.CLASSES,
-        some.IGNORE_INDEX,
+        constants.CLASSES,
+        constants.IGNORE_INDEX,
     )
     target = config.path(config.OUTPUT) / 'oof.csv'
     writer = predictor.predict(
         runner,
         data,
         target,
-        lambda batch, n, counts: f'{batch["img"][n]},{json.dumps(counts.tolist())}',
-        lambda w: [
-            json.loads(line.partition(',')[2]) for line in w.lines(f.name for f in data.files)
-        ],
+        lambda batch, n, counts: json.dumps(counts.tolist()),
+        lambda w: [json.loads(line) for line in w.lines(f.name for f in data.files)],
     )
     counts = torch.tensor(writer.result)  # (N, T, 3, K); T = 1 with several classes
     dice, iou = (x.reshape(counts.shape[:2]) for x in metrics.dice_and_iou(counts.flatten(0, 1)))
-    chosen = choose(thresholds, dice.mean(0)) if some.CLASSES == 1 else 0
-    threshold = thresholds[chosen] if some.CLASSES == 1 else 0.5
+    chosen = choose(thresholds, dice.mean(0)) if constants.CLASSES == 1 else 0
+    threshold = thresholds[chosen] if constants.CLASSES == 1 else 0.5
     if writer.trainer.is_global_zero:
         table['dice'], table['iou'] = dice[:, chosen].numpy(), iou[:, chosen].numpy()
         tables.write_table(table[['img', 'kfold', 'dice', 'iou']], target)
         writer.remove_parts()
         print_scores(table)
-        if some.CLASSES == 1:
+        if constants.CLASSES == 1:
             why = 'as set' if config.THRESHOLD else 'the best of these images'
             means = [dice[:, number].mean() for number in (chosen, thresholds.index(0.5))]
             print(f'threshold {threshold}: mean Dice {means[0]:.4f} (0.5: {means[1]:.4f}), {why}')
         else:
             print_classes(counts[:, 0])
         draw(table, models, threshold)
-        hand_on(models, threshold)
     return threshold
+
+
+def no_score(models: dict[int, CarvanaModel]) -> str:
+    """Why the images that the models have not seen cannot be told, or read; '' where they can."""
+    if config.PATH is not None and not config.path(config.TRAIN_PATH).is_dir():
+        return f'{config.TRAIN_PATH} is not there'
+    for fold, model in models.items():
+        if model.images and model.images['val'] != folds.digests(fold)['val']:
+            return f'fold {fold} of {config.TRAIN_FOLDS} has other images than when it was trained'
+    return ''
 
 
 def choose(thresholds: list[float], dice: torch.Tensor) -> int:
@@ -79,22 +93,6 @@ def choose(thresholds: list[float], dice: torch.Tensor) -> int:
         return thresholds.index(config.THRESHOLD)
     best, half = int(dice.argmax()), thresholds.index(0.5)
     return best if dice[best] > dice[half] + 1e-6 else half
-
-
-def hand_on(models: dict[int, CarvanaModel], threshold: float) -> None:
-    """Write OUTPUT/model_fold#/, which segmentation_models_pytorch alone can load."""
-    for fold, model in models.items():
-        constants = model.hparams
-        facts = {
-            'mean': constants.MODEL_MEAN,  # of images scaled to 0..1
-            'std': constants.MODEL_STD,
-            'input_size': model.input_form[:2],
-            'classes': constants.CLASSES,
-            'threshold': threshold,
-        }
-        folder = config.path(config.OUTPUT) / f'model_fold{fold}'
-        model_dispatcher.export(model.model, folder, facts)
-    print(f'{config.OUTPUT}/model_fold#: the models for smp.from_pretrained')
 
 
 def print_scores(table: pd.DataFrame) -> None:
@@ -126,26 +124,26 @@ def draw(table: pd.DataFrame, models: dict, threshold: float, count: int = 4) ->
     ordered = table.sort_values('dice', ignore_index=True)
     middle = max(0, len(ordered) // 2 - count // 2)
     rows = pd.concat([ordered[:count], ordered[middle : middle + count]]).drop_duplicates('img')
-    some = next(iter(models.values())).hparams
+    constants = next(iter(models.values())).hparams
     fig, axes = plots.figure(len(rows), 4, 2.6, 2.0, 'Out of fold: the worst, then typical images')
     for axis_row, row in zip(axes, rows.itertuples()):
         image_file, mask_file = pairs.files_of(row.img)
         image = images.read_image(image_file)[0]
-        truth = masks.read_mask(mask_file, some.CLASSES, some.IGNORE_INDEX)
+        truth = masks.read_mask(mask_file, constants.CLASSES, constants.IGNORE_INDEX)
         mask = predictor.predict_one(models[row.kfold], image_file, threshold)
         image, truth, mask = (plots.small(array) for array in (image, truth, mask))
         for axis, picture, title in zip(
             axis_row,
             (
                 image,
-                plots.overlay(image, truth, some.CLASSES),
-                plots.overlay(image, mask, some.CLASSES),
-                plots.errors(image, truth, mask, some.IGNORE_INDEX),
+                plots.overlay(image, truth, constants.CLASSES),
+                plots.overlay(image, mask, constants.CLASSES),
+                plots.errors(image, truth, mask, constants.IGNORE_INDEX),
             ),
             (row.img, 'truth', f'prediction, Dice {row.dice:.4f}', 'errors'),
         ):
             plots.show_image(axis, picture, title)
-    plots.legend(fig, plots.class_legend(some.CLASSES) | plots.error_legend(some.CLASSES))
+    plots.legend(fig, plots.class_legend(constants.CLASSES) | plots.error_legend(constants.CLASSES))
     output = config.path(config.OUTPUT)
     plots.save(fig, output / 'oof_worst.png')
     title = f'{len(table)} images out of fold, mean {table.dice.mean():.4f}'

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 import config
@@ -71,12 +72,18 @@ def check(names: list[str]) -> None:
         raise config.UserMistake(
             f'{len(differ)} images and their masks differ in size (width x height): {some(differ)}'
         )
-    constant = Counter()
+    constant, seen = Counter(), set()
     step = max(1, len(names) // MASKS_LOOKED_AT)
     for name in tqdm(names[::step], 'checking masks', disable=None, leave=False):
         mask = masks.read_mask(files_of(name)[1], config.CLASSES, config.IGNORE_INDEX)
+        seen.update(np.flatnonzero(np.bincount(mask.ravel())).tolist())
         if mask.min() == mask.max():
             constant[int(mask.min())] += 1
+    if config.IGNORE_INDEX in seen and seen <= {0, config.IGNORE_INDEX}:
+        raise config.UserMistake(
+            f'{config.MASK_PATH}: the masks hold nothing but 0 and {config.IGNORE_INDEX}, which '
+            'IGNORE_INDEX leaves out: IGNORE_INDEX=None, if that is the foreground'
+        )
     for value, count in sorted(constant.items()):
         print(f'{count} of {len(names[::step])} masks looked at hold nothing but class {value}')
 

@@ -19,7 +19,7 @@ class PartWriter(BasePredictionWriter):
     Args:
         job: what is predicted with what, as one word; part files of another job are not continued.
         target: the file that the parts will be joined into; they lie beside it.
-        line: (batch, number in the batch, result as a NumPy array) -> 'name,...', without its end.
+        line: (batch, number in the batch, result as a NumPy array) -> a line of text to keep.
         gather: called with this writer on every rank, when all parts are whole; gives `result`.
     """
 
@@ -56,7 +56,7 @@ class PartWriter(BasePredictionWriter):
             with part.open('rb') as file:
                 offset = len(file.readline())
                 for line in file:
-                    places[line.partition(b',')[0].decode()] = part, offset
+                    places[line.partition(b'/')[0].decode()] = part, offset
                     offset += len(line)
         return places
 
@@ -79,7 +79,8 @@ class PartWriter(BasePredictionWriter):
 
     def write(self, batch: dict, results: list[torch.Tensor]) -> None:
         for number, result in enumerate(results):
-            self.file.write(f'{self.line(batch, number, result.cpu().numpy())}\n'.encode())
+            line = self.line(batch, number, result.cpu().numpy())
+            self.file.write(f'{batch["img"][number]}/{line}\n'.encode())  # no name has a slash
         self.file.flush()
 
     def on_predict_end(self, trainer, module) -> None:
@@ -105,7 +106,7 @@ class PartWriter(BasePredictionWriter):
         for name in names:
             part, offset = places[name]
             files[part].seek(offset)
-            yield files[part].readline().decode().rstrip('\n')
+            yield files[part].readline().decode().partition('/')[2].rstrip('\n')
         for file in files.values():
             file.close()
 

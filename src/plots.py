@@ -107,7 +107,7 @@ def small(image: np.ndarray, side: int = 480) -> np.ndarray:
 
 
 def curves(table, title: str) -> Figure:
-    """Loss, Dice and learning rate over the epochs, from a run's metrics.csv."""
+    """Loss, Dice and learning rate over the epochs, from the history of a run."""
     fig, axes = figure(1, 3, 3.6, 2.8, title)
     epochs = table.groupby('epoch').last()
     panels = [

@@ -70,7 +70,7 @@ class Predictor(pl.LightningModule):
 
     def enlarge(self, p: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
         """Probabilities (1, C, H, W) at an image's own (height, width), bilinear."""
-        if p.is_cuda or p.shape[1] > 1:
+        if p.device.type != 'cpu' or p.shape[1] > 1:
             return F.interpolate(p, shape, mode='bilinear')
         # The same to 1e-6, and several times as fast on a CPU: less arithmetic, and the memory of
         # the last image again.
@@ -123,7 +123,7 @@ def predict(predictor, data: ImageFiles, target: Path, line, gather=lambda _: No
     settings = {
         'models': predictor.identity(),
         'batch': config.VAL_BATCH_SIZE,
-        'files': [f.name for f in data.files],
+        'files': [(str(f), f.stat().st_size) for f in data.files],
         'form': form,
     }
     job = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

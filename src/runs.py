@@ -3,17 +3,20 @@
 import io
 import os
 import shutil
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_only
 
 import config
+import folds
 import tables
 
-# What a resumed run may change: how fast it goes, where things are, and what the tester does.
+# What a resumed run may change: where and how fast it goes on, and what the tester does.
 MAY_CHANGE = {
     'INPUT', 'OUTPUT', 'LOGS_PATH', 'TRAIN_PATH', 'MASK_PATH', 'TEST_PATH', 'TRAIN_CSV', 'TEST_CSV',
     'TRAIN_FOLDS', 'PATH', 'ENCODER_WEIGHTS', 'FOLDS', 'EPOCHS', 'NUM_WORKERS', 'CACHE', 'RESUME',
@@ -22,26 +25,27 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
-def lock(seconds: float = 10) -> FileLock:
-    """Keep other trainings out of LOGS_PATH until this process ends, however it ends.
+@contextmanager
+def alone(constant: str, seconds: float = 10):
+    """Keep other runs out of LOGS_PATH or OUTPUT, however this one ends; rank 0 does so for all.
 
     Raises config.UserMistake where another one is there, or the folder cannot be written.
     """
-    file = config.path(config.LOGS_PATH) / '.lock'
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(file)
-        held.acquire(timeout=seconds)
-        return held
-    except Timeout:
-        raise config.UserMistake(
-            f'another training is running in {config.LOGS_PATH}: wait for its end, or give this one '
-            'a LOGS_PATH and an OUTPUT of its own'
-        ) from None
-    except OSError as error:
-        raise config.UserMistake(
-            f'LOGS_PATH={config.LOGS_PATH}: cannot be written ({error.strerror})'
-        ) from None
+    folder = getattr(config, constant)
+    with ExitStack() as stack:
+        try:
+            if rank_zero_only.rank == 0:
+                stack.enter_context(tables.locked(config.path(folder) / '.lock', seconds))
+        except Timeout:
+            raise config.UserMistake(
+                f'another {"training" if constant == "LOGS_PATH" else "test"} is running in {folder}: '
+                'wait for its end, or give this one a LOGS_PATH and an OUTPUT of its own'
+            ) from None
+        except OSError as error:
+            raise config.UserMistake(
+                f'{constant}={folder}: cannot be written ({error.strerror})'
+            ) from None
+        yield
 
 
 class Whole(TorchCheckpointIO):
@@ -49,7 +53,7 @@ class Whole(TorchCheckpointIO):
     then renamed. (Lightning's own are moved from the system's temporary folder.)"""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
-        content = io.BytesIO()
+        content = io.BytesIO()  # as torch.save makes a RuntimeError of a full disk
         torch.save(checkpoint, content)
         with tables.whole(Path(path)) as temporary:
             temporary.write_bytes(content.getbuffer())
@@ -86,32 +90,39 @@ def last_run(fold: int) -> dict | None:
     """What the newest run of a fold left: its folder, newest checkpoint `file`, `epoch` (from 0),
     the file of its `best` checkpoint, and the `history` of its epochs.
 
-    Starts that were killed before their first checkpoint are removed, as are checkpoints that the
+    Rank 0 removes starts that were killed before their first checkpoint, and checkpoints that the
     newest one does not know any more.
 
     Raises config.UserMistake where a checkpoint cannot be read, or where that run had other constants
-    than those that may change.
+    than those that may change, or other images in its folds.
     """
+    tidies = rank_zero_only.rank == 0
     logs = config.path(config.LOGS_PATH)
     folders = [f for f in logs.glob('version_*') if f.name.removeprefix('version_').isdigit()]
     for folder in sorted(folders, key=lambda f: int(f.name.removeprefix('version_')), reverse=True):
-        files = sorted((folder / 'checkpoints').glob('*.ckpt'))
-        if not files:
-            remove_dead_start(folder)
+        names = ('last.ckpt', 'epoch=*.ckpt')  # whatever else lies there is the user's
+        files = [file for name in names for file in (folder / 'checkpoints').glob(name)]
+        facts = {file: read_facts(file) for file in sorted(files)}
+        facts = {file: run for file, run in facts.items() if run}
+        if not facts:
+            if tidies:
+                remove_dead_start(folder)
             continue
-        facts = {file: read_facts(file) for file in files}
-        file = max(files, key=lambda f: (facts[f]['epoch'], f.name == 'last.ckpt'))
+        file = max(facts, key=lambda f: (facts[f]['epoch'], f.name == 'last.ckpt'))
         run = facts[file]
         if run['hyper_parameters']['val_folds'] != [fold]:
             continue
         check_constants(folder.name, run['hyper_parameters'])
+        check_images(folder.name, fold, run['images'])
         (checkpoints,) = (v for k, v in run['callbacks'].items() if k.startswith('Best'))
         best = file.with_name(Path(checkpoints['best_model_path']).name)
-        if file.name != 'last.ckpt':  # killed between the two: the best one is the last as well
+        if (
+            tidies and file.name != 'last.ckpt'
+        ):  # killed between the two: the best one is the last as well
             with tables.whole(file.with_name('last.ckpt')) as temporary:
                 shutil.copyfile(file, temporary)
             file = file.with_name('last.ckpt')
-        for other in set(files) - {file, best}:
+        for other in set(facts) - {file, best} if tidies else ():
             other.unlink(missing_ok=True)
         history = run['callbacks']['EpochLines']['history']
         return {
@@ -133,11 +144,14 @@ def remove_dead_start(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def read_facts(file: Path) -> dict:
-    """What a checkpoint holds besides tensors; those are not read, and code in it is never run."""
+def read_facts(file: Path) -> dict | None:
+    """What a checkpoint holds besides tensors; those are not read, and code in it is never run. None
+    where rank 0 has removed it by now."""
     try:
         state = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
-        return {name: state[name] for name in ('epoch', 'hyper_parameters', 'callbacks')}
+        return {name: state[name] for name in ('epoch', 'hyper_parameters', 'callbacks', 'images')}
+    except FileNotFoundError:
+        return None
     except Exception as error:  # what a damaged file raises is up to pickle, zipfile and torch
         raise config.UserMistake(
             f'{tables.relative(file)}: cannot be read ({config.in_short(error, 120)}): remove it to go '
@@ -155,4 +169,13 @@ def check_constants(name: str, constants: dict) -> None:
         was = ', '.join(f'{name}={constants[name]}' for name in differ)
         raise config.UserMistake(
             f'RESUME=True: {name} was begun with {was}: set the same, or RESUME=False to start anew'
+        )
+
+
+def check_images(name: str, fold: int, digests: dict | None) -> None:
+    """Raise config.UserMistake where TRAIN_FOLDS has other images in the folds than a run had."""
+    if digests != folds.digests(fold):
+        raise config.UserMistake(
+            f'RESUME=True: {name} was begun with other images in its folds than {config.TRAIN_FOLDS} '
+            'has now: put the older file back, or RESUME=False to start anew'
         )

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import threading
 import time
 import warnings
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import config
 
@@ -25,6 +27,16 @@ def hardware() -> dict:
     }
 
 
+def trainer(**arguments) -> pl.Trainer:
+    """Lightning's Trainer on the hardware of config.py; or a config.UserMistake that names it."""
+    try:
+        return pl.Trainer(**{**hardware(), **arguments})
+    except (MisconfigurationException, ValueError) as error:
+        names = ('ACCELERATOR', 'DEVICES', 'NUM_NODES', 'STRATEGY')
+        shown = ', '.join(f'{name}={getattr(config, name)!r}' for name in names)
+        raise config.UserMistake(f'{shown}: {config.in_short(error, 300)}') from None
+
+
 def bare_trainer(**arguments) -> pl.Trainer:
     """Lightning's Trainer that shows and keeps nothing, but for what the arguments say."""
     quiet = {
@@ -33,7 +45,7 @@ def bare_trainer(**arguments) -> pl.Trainer:
         'enable_progress_bar': False,
         'enable_model_summary': False,
     }
-    return pl.Trainer(**{**hardware(), **quiet, **arguments})
+    return trainer(**{**quiet, **arguments})
 
 
 def on_cuda() -> bool:
@@ -46,7 +58,7 @@ def precision() -> tuple[str, str]:
     if config.PRECISION == 'bf16':
         return 'bf16-mixed', "bfloat16 where it is safe, as PRECISION='bf16' asks"
     if config.PRECISION == 32:
-        return '32-true', 'float32, as PRECISION=32 asks'
+        return '32-true', 'float32 (TF32 on GPUs that have it), as PRECISION=32 asks'
     if on_cuda():
         return '16-mixed', 'float16 where it is safe, with a gradient scaler (native torch AMP)'
     return '32-true', (
@@ -65,6 +77,7 @@ def silence() -> None:
         r'.*The number of training batches .* is smaller than the logging interval.*',
         r'.*Checkpoint directory .* exists and is not empty.*',
         r'.*Experiment logs directory .* exists and is not empty.*',
+        r'.*The dirpath has changed from.*',
         r".*Couldn't infer the batch indices.*",
         r'.*`isinstance\(treespec, LeafSpec\)` is deprecated.*',
         r".*'pin_memory' argument is set as true but no accelerator is found.*",
@@ -126,6 +139,11 @@ def told_plainly(training: bool = True):
         ) from None
     except RuntimeError as error:
         words = str(error).lower()
+        if 'shared memory' in words or 'bus error' in words:
+            raise config.UserMistake(
+                'no room in /dev/shm for the batches of the workers: fewer NUM_WORKERS (0 needs none), '
+                'or a container with more (docker run --shm-size=8g)'
+            ) from None
         if not any(text in words for text in ('closed by peer', 'reset by peer', 'remote process')):
             raise
         raise config.UserMistake(
@@ -142,15 +160,24 @@ def device_name(trainer) -> str:
     return f'{trainer.world_size} x {kind}' if trainer.world_size > 1 else kind
 
 
-def peak_megabytes() -> float:
-    """The most that this process has held at once: on the GPU, or else in main memory."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource  # not on Windows
+def used_gpu() -> bool:
+    return torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+def peak_megabytes() -> float:
+    """The most that this process has held at once: on the GPU, or else in main memory; NaN on
+    Windows, which does not tell."""
+    if used_gpu():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return float('nan')
+    unit = 1 if sys.platform == 'darwin' else 2**10  # bytes of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def peak_memory() -> str:
     """`peak_megabytes` in words."""
-    return f'{peak_megabytes():.0f} MB' + (' of the GPU' if torch.cuda.is_available() else '')
+    megabytes = peak_megabytes()
+    return f'{megabytes:.0f} MB{" of the GPU" * used_gpu()}' if megabytes > 0 else 'unknown'

@@ -1,9 +1,10 @@
 """Files that are there whole or not at all; models.csv; how files and names are shown."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock
 
 import config
 
@@ -20,6 +21,18 @@ def whole(file: Path):
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(file: Path, seconds: float = -1):
+    """Hold a lock file, which is gone afterwards; raises filelock.Timeout after so many seconds."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file).acquire(seconds):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows removes it by itself, after this
+                file.unlink()
 
 
 @contextmanager
@@ -64,7 +77,13 @@ def models_file() -> Path:
 def read_models() -> pd.DataFrame:
     """Table fold,version,checkpoint,val_dice,val_iou of the trained folds."""
     table = read_table(models_file(), MODELS, 'run Lightning_trainer.py')
-    return table.astype({'fold': int, 'val_dice': float, 'val_iou': float})
+    try:
+        return table.astype({'fold': int, 'val_dice': float, 'val_iou': float})
+    except ValueError as error:
+        raise config.UserMistake(
+            f'{models_file()}: {config.in_short(error)}: remove it and run Lightning_trainer.py '
+            'RESUME=True, which enters finished folds again'
+        ) from None
 
 
 def enter_model(fold: int, folder: Path, checkpoint: Path, history: list[dict]) -> dict:

@@ -1,6 +1,7 @@
 """CarvanaDataset: what an item is, the augmentation's stream, the cache, files to predict."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import albumentations as A
 import cv2
@@ -233,3 +234,19 @@ def test_files_to_predict(prepared):
     assert batch['shape'] == [(48, 64)] * 3
     assert batch['mask'][0].shape == (48, 64)
     assert batch['img'] == [image.name for image, _ in files]
+
+
+def test_a_cache_is_built_once_by_two_that_want_it(prepared, monkeypatch):
+    """As two machines on one disk; threads stand for their processes."""
+    built, build = [], cache.build
+    monkeypatch.setattr(cache, 'build', lambda *args: (built.append(1), build(*args)))
+    with ThreadPoolExecutor(2) as pool:
+        names = [f.result().row for f in [pool.submit(cache.open_cache) for _ in range(2)]]
+    assert len(built) == 1 and names[0] == names[1]
+
+
+@pytest.mark.filterwarnings('error')
+def test_masks_can_be_written_to(tmp_path):
+    """PIL's arrays are read-only, of which torch warns."""
+    Image.new('P', (8, 8)).save(tmp_path / 'm.png')
+    torch.from_numpy(masks.read_mask(tmp_path / 'm.png', classes=3))

@@ -153,3 +153,21 @@ def test_an_unwritable_output_is_told(carvana):
     (carvana / 'output').write_text('a file where the folder should be')
     with pytest.raises(config.UserMistake, match='cannot be written'):
         folds.main()
+
+
+def test_ignoring_the_foreground_is_refused(carvana):
+    """255 is the foreground of a grey mask of 0 and 255, but no value of Carvana's black and white."""
+    config.IGNORE_INDEX = 255
+    folds.main()
+    for file in (carvana / 'input/train_masks').iterdir():
+        Image.fromarray(255 * np.array(Image.open(file))).save(file.with_suffix('.png'))
+    config.MASK_SUFFIX = '_mask.png'
+    with pytest.raises(config.UserMistake, match='nothing but 0 and 255, which IGNORE_INDEX'):
+        folds.main()
+
+
+def test_images_of_a_clock_that_goes_ahead_are_not_newer_for_ever(carvana):
+    ahead = time.time() + 86400
+    os.utime(image(carvana), (ahead, ahead))
+    folds.main()
+    folds.check_up_to_date()

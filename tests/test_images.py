@@ -159,6 +159,7 @@ def test_one_rule_for_all_binary_masks(tmp_path, picture, name):
 def test_carvana_gif_is_0_and_1(tmp_path):
     save_mask_gif(tmp_path / 'm.gif', MASK)
     assert np.array_equal(masks.read_mask(tmp_path / 'm.gif'), MASK)
+    assert np.array_equal(masks.read_mask(tmp_path / 'm.gif', ignore_index=255), MASK)
 
 
 @pytest.mark.parametrize('value', [0, 1, 255])

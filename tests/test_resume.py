@@ -14,10 +14,14 @@ import pytest
 import torch
 from conftest import SRC, environment, make_carvana, run_script, settings
 from PIL import Image
+from pytorch_lightning.utilities import rank_zero_only
 
 import command_line
 import config
 import fold_trainer
+import folds
+import Lightning_tester
+import out_of_fold
 import runs
 
 # By hand, some ten minutes: KILLS=20 python -m pytest tests/test_resume.py -k again
@@ -225,3 +229,43 @@ def test_a_killed_tester_goes_on_to_the_same_bytes(undisturbed, tmp_path):
     assert two.returncode == 0, two.stderr
     assert (tmp_path / 'two/submission.csv').read_bytes() == submission
     assert not list(tmp_path.glob('*/*.part*'))
+
+
+def test_other_images_in_the_folds_are_refused(undisturbed, tmp_path, capsys):
+    """Also by the tester: an image that a model was trained on would be scored as unseen."""
+    folder, words = undisturbed
+    other = f'TRAIN_FOLDS={tmp_path}/other.csv'
+    command_line.override([*words, other, 'SEED=7'])
+    folds.main()
+    command_line.override([*words, other, 'RESUME=True', 'EPOCHS=9'])
+    with pytest.raises(config.UserMistake, match='begun with other images in its folds'):
+        fold_trainer.train_fold(0)
+    command_line.override([*words, other, f'OUTPUT={tmp_path}/out'])
+    checkpoint = str(folder / pd.read_csv(folder / 'output/models.csv').checkpoint[0])
+    models = {0: Lightning_tester.load_model(checkpoint)}
+    with pytest.raises(config.UserMistake, match='fold 0 of .*other.csv has other images'):
+        out_of_fold.score(models)
+    for given in ([other], [f'TRAIN_FOLDS={folder}/output/train_folds.csv', 'TRAIN_PATH=/none']):
+        command_line.override([*words, *given, f'OUTPUT={tmp_path}/out', f'PATH={checkpoint}'])
+        assert out_of_fold.score(models) == 0.5
+        assert 'nothing to score out of fold' in capsys.readouterr().out
+    assert not (tmp_path / 'out').exists()
+
+
+def test_rank_0_alone_clears_up_and_what_is_the_users_stays(undisturbed, tmp_path, monkeypatch):
+    folder, words = undisturbed
+    shutil.copytree(folder / 'logs', tmp_path / 'logs')
+    command_line.override([*words, f'LOGS_PATH={tmp_path}/logs', 'RESUME=True'])
+    checkpoints = tmp_path / 'logs/version_0/checkpoints'
+    shutil.copy(checkpoints / 'last.ckpt', checkpoints / 'my_favourite.ckpt')
+    shutil.copy(checkpoints / 'last.ckpt', checkpoints / 'epoch=0-val_dice=0.0001.ckpt')
+    (tmp_path / 'logs/version_1/checkpoints').mkdir(parents=True)
+    before = set((tmp_path / 'logs').rglob('*'))
+    monkeypatch.setattr(rank_zero_only, 'rank', 1)
+    second = runs.last_run(0)
+    assert set((tmp_path / 'logs').rglob('*')) == before
+    monkeypatch.setattr(rank_zero_only, 'rank', 0)
+    assert runs.last_run(0) == second
+    assert {file.name for file in checkpoints.iterdir()} == {
+        'last.ckpt', 'my_favourite.ckpt', second['best'].name}  # fmt: skip
+    assert not (tmp_path / 'logs/version_1').exists()

@@ -181,3 +181,32 @@ def test_code_in_a_checkpoint_is_never_run(model, tmp_path):
     config.PATH = str(tmp_path / 'evil.ckpt')
     with pytest.raises(config.UserMistake, match=r'evil\.ckpt: not a checkpoint'):
         Lightning_tester.load_models()
+
+
+def test_names_with_commas_and_quotes(model, tmp_path):
+    for name in ('holiday, 2.png', 'a "b".png'):
+        Image.fromarray(draw_ellipse(np.random.default_rng(1))[0]).save(tmp_path / 'test' / name)
+    assert set(submission(model)) == {'holiday, 2.png', 'a "b".png'}
+
+
+def test_ones_own_images_are_predicted_beside_another_list(model, tmp_path, capsys):
+    Image.fromarray(draw_ellipse(np.random.default_rng(1))[0]).save(tmp_path / 'test/mine.png')
+    config.TEST_CSV = str(tmp_path / 'sample_submission.csv')
+    (tmp_path / 'sample_submission.csv').write_text('img,rle_mask\nother.png,1 1\n')
+    assert set(submission(model)) == {'mine.png'}
+    assert 'lists none of the images' in capsys.readouterr().out
+
+
+def test_images_of_the_same_name_elsewhere_are_another_job(model, tmp_path):
+    """A killed run's lines are of its own folder."""
+    config.RESUME = True
+    jobs = []
+    for number, folder in enumerate(('test', 'other')):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        file = tmp_path / folder / 'a.png'
+        Image.fromarray(draw_ellipse(np.random.default_rng(number))[0]).save(file)
+        runner = predictor.Predictor({0: model}, [0.5])
+        files = ImageFiles([file], runner.inputs)
+        writer = predictor.predict(runner, files, tmp_path / 'x.csv', lambda *_: '')
+        jobs.append(writer.job)
+    assert jobs[0] != jobs[1]

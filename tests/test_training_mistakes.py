@@ -60,6 +60,8 @@ MISTAKES = {
     'weights file': (give(ENCODER_WEIGHTS='gone.pth'), 'gone.pth: no such file'),
     'empty checkpoint': (lambda f: leave_checkpoint(f, b''), 'last.ckpt: cannot be read'),
     'cut checkpoint': (lambda f: leave_checkpoint(f, b'PK\3\4' + bytes(9)), 'last.ckpt: cannot be'),
+    'accelerator': (give(ACCELERATOR='gpuu'), "ACCELERATOR='gpuu', DEVICES=1"),
+    'strategy': (give(STRATEGY='dpp'), "STRATEGY='dpp'"),
     'pickle': (lambda f: leave_checkpoint(f, pickle.dumps(Evil())), 'last.ckpt: cannot be read'),
 }  # fmt: skip
 
@@ -76,12 +78,14 @@ def test_mistakes_end_before_the_training(ready, mistake):
     assert not list((ready / 'logs').rglob('events.*'))
 
 
-def test_a_second_training_in_the_same_folder_is_refused(ready):
-    held = runs.lock()
-    with pytest.raises(config.UserMistake, match='another training is running in .*LOGS_PATH'):
-        runs.lock(0.2)
-    held.release()
-    runs.lock(0.2).release()
+@pytest.mark.parametrize(('folder', 'what'), [('LOGS_PATH', 'training'), ('OUTPUT', 'test')])
+def test_a_second_run_in_the_same_folder_is_refused(ready, folder, what):
+    told = pytest.raises(config.UserMistake, match=f'another {what} is running in .*LOGS_PATH')
+    with runs.alone(folder), told, runs.alone(folder, 0.2):
+        pass
+    with runs.alone(folder, 0.2):
+        pass
+    assert not list(ready.rglob('.lock'))
 
 
 def test_an_unwritable_folder_is_told_in_one_line(ready, capsys):
@@ -125,6 +129,28 @@ def test_out_of_gpu_memory_in_the_tester_says_what_to_try():
         config.VAL_BATCH_SIZE = size
         with pytest.raises(config.UserMistake, match=remedy), runtime.told_plainly(training=False):
             raise torch.OutOfMemoryError('CUDA out of memory')
+
+
+def test_a_container_without_shared_memory_is_told():
+    told = pytest.raises(config.UserMistake, match='/dev/shm .*fewer NUM_WORKERS')
+    with told, runtime.told_plainly():
+        raise RuntimeError(
+            'DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that '
+            "dataloader's workers are out of shared memory."
+        )
+
+
+def test_a_damaged_table_of_models_is_told(ready):
+    text = tables.models_file().read_text()
+    tables.models_file().write_text(text.replace('0.5', ''))
+    with pytest.raises(config.UserMistake, match=r'models.csv: .*RESUME=True'):
+        tables.read_models()
+
+
+def test_memory_where_nobody_tells_how_much(monkeypatch):
+    assert re.fullmatch(r'\d+ MB', runtime.peak_memory())
+    monkeypatch.setitem(sys.modules, 'resource', None)  # as on Windows
+    assert runtime.peak_memory() == 'unknown'
 
 
 def test_bugs_keep_their_traceback():
