@@ -73,14 +73,8 @@ class CarvanaModel(pl.LightningModule):
 
     def training_step(self, batch: dict, batch_index: int) -> torch.Tensor:
         loss = self.loss(self(batch['image']), batch['mask'])
-        self.log(
-            'train_loss',
-            loss,
-            on_step=False,
-            on_epoch=True,
-            sync_dist=True,
-            batch_size=len(batch['img']),
-        )
+        means = {'on_step': False, 'on_epoch': True, 'sync_dist': True}
+        self.log('train_loss', loss, batch_size=len(batch['img']), **means)
         self.unchecked.append((loss.detach(), batch['img']))
         if len(self.unchecked) == self.trainer.log_every_n_steps:
             self.check_losses()

@@ -21,15 +21,8 @@ COLOURS = (
     'one number per channel (CHANNELS)',
 )
 # What a disk answers that is full, read-only or not ours.
-DISK = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-}
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+DISK |= {errno.ENOTDIR}
 # A constant that a user has added; checkpoints, which run no code, can hold nothing else.
 PLAIN = (
     (lambda v: is_plain(v)),

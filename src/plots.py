@@ -14,16 +14,8 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, BLACK = (
 )  # fmt: skip
 # From the ninth class on the muted colours of Paul Tol, safe as well, though with that many none is.
 CLASS_COLOURS = [GREEN, ORANGE, PINK, SKY, YELLOW, BLUE, RED, '#999999']
-CLASS_COLOURS += [
-    '#332288',
-    '#88CCEE',
-    '#117733',
-    '#999933',
-    '#DDCC77',
-    '#CC6677',
-    '#882255',
-    '#AA4499',
-]
+CLASS_COLOURS += ['#332288', '#88CCEE', '#117733', '#999933']
+CLASS_COLOURS += ['#DDCC77', '#CC6677', '#882255', '#AA4499']
 MISSED, ADDED = BLUE, RED  # foreground not found; background taken for it
 
 
