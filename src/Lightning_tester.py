@@ -34,6 +34,7 @@ from tqdm import tqdm
 import images
 import masks
 import out_of_fold
+import pairs
 import plots
 import predictor
 import runs
@@ -69,6 +70,9 @@ def load_models() -> dict[int, CarvanaModel]:
     table = table[table.fold.isin(config.FOLDS)]
     if table.empty:
         raise config.UserMistake(f'FOLDS={config.FOLDS}: none of them has been trained yet')
+    untrained = sorted(set(config.FOLDS) - set(table.fold))
+    if untrained:
+        print(f'folds that are not trained yet, and left out: {tables.some(untrained)}')
     models = {row.fold: load_model(row.checkpoint) for row in table.itertuples()}
     first = table.checkpoint.iloc[0]
     for row in table.itertuples():
@@ -84,8 +88,9 @@ def load_models() -> dict[int, CarvanaModel]:
 def load_model(file: str) -> CarvanaModel:
     """The model in a checkpoint, rebuilt from the constants saved in it; code in it is never run."""
     if not config.path(file).is_file():
+        what = 'is a folder' if config.path(file).is_dir() else 'no such checkpoint'
         raise config.UserMistake(
-            f'{file}: no such checkpoint: run Lightning_trainer.py, or set PATH'
+            f'{file}: {what}: run Lightning_trainer.py, or set PATH to a .ckpt file'
         )
     try:
         model = CarvanaModel.load_from_checkpoint(
@@ -97,6 +102,8 @@ def load_model(file: str) -> CarvanaModel:
         raise config.UserMistake(
             f'{file}: not a checkpoint of this project ({config.in_short(error)})'
         ) from None
+    size = 'x'.join(map(str, model.input_form[:2]))
+    print(f'{file}: {model.hparams.MODEL_NAME}, {size} pixels')
     return model.eval()
 
 
@@ -105,7 +112,11 @@ def predict_test(models: dict[int, CarvanaModel], threshold: float) -> None:
     folder, output = config.path(config.TEST_PATH), config.path(config.OUTPUT)
     files = test_files(folder)
     if not files:
-        print(f'no images *{config.IMAGE_SUFFIX} in {folder}: nothing to predict')
+        there = 'no such folder'
+        if folder.is_dir():
+            names = [file.name for file in folder.iterdir()]
+            there = f'no images *{config.IMAGE_SUFFIX} (IMAGE_SUFFIX), but {pairs.endings(names)}'
+        print(f'{tables.relative(folder)}: {there}: nothing to predict')
         return
     for file in tqdm(files, 'checking headers', disable=None, leave=False):
         images.check_header(file)
@@ -145,9 +156,9 @@ def test_files(folder: Path) -> list[Path]:
         return []
     suffix = config.IMAGE_SUFFIX
     there = sorted(f.name for f in folder.iterdir() if f.name.endswith(suffix) and f.is_file())
-    if not there or not config.path(config.TEST_CSV).is_file():
+    if not there or not tables.is_file(config.TEST_CSV):
         return [folder / name for name in there]
-    table = tables.read_table(config.path(config.TEST_CSV), ['img'], 'mend or remove it')
+    table = tables.read_table(config.path(config.TEST_CSV), ['img'], 'fix or remove it')
     asked = [name.removesuffix(suffix) + suffix for name in table.img.drop_duplicates()]
     missing, extra = set(asked) - set(there), set(there) - set(asked)
     if len(missing) == len(set(asked)):

@@ -44,6 +44,7 @@ def train_all() -> None:
 
     start = time.monotonic()
     folds.check_up_to_date()
+    tables.check_writable('OUTPUT')
     for fold in config.FOLDS:
         words = [word for word in sys.argv[1:] if not word.startswith('FOLDS=')]
         command = [sys.executable, __file__, *words, f'FOLDS=[{fold}]']
@@ -54,10 +55,11 @@ def train_all() -> None:
             status = child.wait()
         except KeyboardInterrupt:
             status = child.wait()
-        if status < 0:
+        if status < 0 and status != -signal.SIGINT:
+            hint = ' (often: no main memory left)' * (status == -signal.SIGKILL)
             print(
-                f'fold {fold}: its process was ended by {signal.Signals(-status).name} (SIGKILL often '
-                'means: no main memory left); RESUME=True goes on after its last finished epoch',
+                f'fold {fold}: its process was ended by {signal.Signals(-status).name}{hint}; '
+                'RESUME=True goes on after its last finished epoch',
                 file=sys.stderr,
             )
         if status:

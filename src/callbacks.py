@@ -11,8 +11,29 @@ import plots
 
 
 def progress_bars() -> list[Callback]:
-    """Lightning's progress bar where somebody watches; it looks at the device every 20 batches."""
-    return [TQDMProgressBar(refresh_rate=20)] if sys.stderr.isatty() else []
+    """Lightning's progress bar where somebody watches."""
+    return [ProgressBar()] if sys.stdout.isatty() else []
+
+
+class ProgressBar(TQDMProgressBar):
+    """Counts epochs from 1, and is gone when its loop is over."""
+
+    def init_train_tqdm(self):
+        bar = super().init_train_tqdm()
+        bar.leave = False
+        return bar
+
+    def init_predict_tqdm(self):
+        bar = super().init_predict_tqdm()
+        bar.leave = False
+        return bar
+
+    def on_train_epoch_start(self, trainer, *rest) -> None:
+        super().on_train_epoch_start(trainer, *rest)
+        self.train_progress_bar.set_description(f'epoch {trainer.current_epoch + 1}')
+
+    def get_metrics(self, trainer, module) -> dict:
+        return {}  # the line of each epoch has them
 
 
 class EpochLines(Callback):
@@ -50,7 +71,9 @@ class EpochLines(Callback):
             scores = '  '.join(f'{name} {values[name]:.4f}' for name in shown if name in values)
             epoch = f'{trainer.current_epoch + 1:3d}/{trainer.max_epochs}'
             seconds = time.monotonic() - self.start
-            print(f'fold {self.fold}  epoch {epoch}  {scores}  {seconds:6.1f} s', flush=True)
+            line = f'fold {self.fold}  epoch {epoch}  {scores}  {seconds:6.1f} s'
+            bar = trainer.progress_bar_callback
+            bar.print(line) if bar else print(line, flush=True)
 
 
 class Overlays(Callback):

@@ -21,15 +21,15 @@ COLOURS = (
     'one number per channel (CHANNELS)',
 )
 # What a disk answers that is full, read-only or not ours.
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-DISK |= {errno.ENOTDIR}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 # A constant that a user has added; checkpoints, which run no code, can hold nothing else.
 PLAIN = (
     (lambda v: is_plain(v)),
     'text, a number, True, False, None, or lists or dictionaries of them',
 )
 FOLDERS = ('INPUT', 'OUTPUT', 'LOGS_PATH', 'TRAIN_PATH', 'MASK_PATH', 'TEST_PATH')
-FILES = ('TRAIN_CSV', 'TEST_CSV', 'TRAIN_FOLDS', 'IMAGE_SUFFIX', 'MASK_SUFFIX')
+FILES = ('TRAIN_FOLDS', 'IMAGE_SUFFIX', 'MASK_SUFFIX')
 LEGAL = {
     **dict.fromkeys((*FOLDERS, *FILES, 'MODEL_NAME', 'LOSS', 'ACCELERATOR', 'STRATEGY'), TEXT),
     **dict.fromkeys(('EPOCHS', 'TRAIN_BATCH_SIZE', 'VAL_BATCH_SIZE', 'NUM_NODES'), POSITIVE),
@@ -64,8 +64,11 @@ LEGAL = {
         ),
         'a list of different folds from 0 to N_FOLDS - 1',
     ),
-    'ENCODER_WEIGHTS': TEXT_OR_NONE,
-    'LOSS_ARGS': (lambda v: isinstance(v, dict), "a dictionary, such as {'smooth': 1.0}"),
+    **dict.fromkeys(('ENCODER_WEIGHTS', 'PATH', 'TRAIN_CSV', 'TEST_CSV'), TEXT_OR_NONE),
+    'LOSS_ARGS': (
+        lambda v: isinstance(v, dict),
+        """a dictionary, such as "{'smooth': 1.0}" (in a shell with both quotes)""",
+    ),
     'LR': (lambda v: is_number(v) and v > 0, 'a number above 0'),
     'PRECISION': (lambda v: not isinstance(v, bool) and v in (16, 32, 'bf16'), "16, 'bf16' or 32"),
     'AUGMENTATION': (
@@ -78,7 +81,6 @@ LEGAL = {
         lambda v: v == 'auto' or (is_int(v) and (v > 0 or v == -1)),
         "a number of devices per machine, -1 or 'auto'",
     ),
-    'PATH': TEXT_OR_NONE,
     'THRESHOLD': (
         lambda v: v is None or (is_number(v) and 0 < v < 1),
         'None or a probability between 0 and 1',
@@ -131,7 +133,7 @@ def override(words: list[str]) -> None:
             raise config.UserMistake(f"'{word}' is not a NAME=value word, such as EPOCHS=1")
         if name not in DEFAULTS:
             meant = config.nearest(name, DEFAULTS) or f'legal names: {", ".join(DEFAULTS)}'
-            raise config.UserMistake(f"'{name}' is no constant of config.py: {meant.strip()}")
+            raise config.UserMistake(f"'{name}' is not a constant in config.py: {meant.strip()}")
         try:
             given[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -160,11 +162,12 @@ def check() -> None:
             raise config.UserMistake(f'{name}={value!r}: must be {description}')
 
 
-def start(doc: str, options: dict[str, dict] | None = None) -> argparse.Namespace:
+def start(doc: str, options: dict[str, dict] | None = None, words=()) -> argparse.Namespace:
     """First line of a script: NAME=value words and --help, before the imports that take seconds.
 
     Args:
         options: a script's own options: name -> the arguments of argparse's add_argument.
+        words: NAME=value words that hold where the user's say nothing else.
 
     Returns: their values, and in `words` the NAME=value words.
     """
@@ -173,6 +176,8 @@ def start(doc: str, options: dict[str, dict] | None = None) -> argparse.Namespac
     for name, arguments in (options or {}).items():
         parser.add_argument(name, **arguments)
     parser.add_argument('words', nargs='*')
+    override(words)
+    sys.excepthook = told_interrupt
     if {'-h', '--help'} & set(sys.argv[1:]):
         names = [name for name in DEFAULTS if re.search(rf'\b{name}\b', doc)]
         lines = [f'  {name} = {getattr(config, name)!r}' for name in names]
@@ -181,11 +186,21 @@ def start(doc: str, options: dict[str, dict] | None = None) -> argparse.Namespac
         sys.exit()
     values = parser.parse_intermixed_args()
     try:
-        override(values.words)
+        override([*words, *values.words])
         check()
     except config.UserMistake as mistake:
         sys.exit(str(mistake))
+    if sys.stderr.isatty():  # it takes torch some seconds
+        print('importing ...', end='\r', file=sys.stderr, flush=True)
     return values
+
+
+def told_interrupt(kind, error, trace) -> None:
+    """In place of sys.excepthook: Ctrl-C is no bug, wherever it comes."""
+    if kind is KeyboardInterrupt:
+        print('stopped', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def run(main) -> None:
@@ -200,5 +215,6 @@ def run(main) -> None:
             raise
         file = error.filename or f'{config.OUTPUT} or {config.LOGS_PATH}'
         sys.exit(
-            f'{file}: {error.strerror}: make room, or set OUTPUT and LOGS_PATH to another disk'
+            f'{file}: {error.strerror}: {"make room, or " * (error.errno in FULL)}set OUTPUT and '
+            'LOGS_PATH to folders on another disk, that you may write'
         )

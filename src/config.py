@@ -29,7 +29,7 @@ LOGS_PATH = 'lightning_logs'  # one folder version_# per trained fold
 TRAIN_PATH = f'{INPUT}/train_hq'
 MASK_PATH = f'{INPUT}/train_masks'
 TEST_PATH = f'{INPUT}/test_hq'  # no such folder: nothing is predicted
-TRAIN_CSV = f'{INPUT}/train_masks.csv'  # column img lists the images; absent: all of TRAIN_PATH
+TRAIN_CSV = f'{INPUT}/train_masks.csv'  # column img lists the images; absent or None: all there are
 TEST_CSV = f'{INPUT}/sample_submission.csv'  # column img orders the submission; may be absent
 TRAIN_FOLDS = f'{OUTPUT}/train_folds.csv'  # written by folds.py
 
@@ -41,8 +41,9 @@ CROP_SIZE = 1024  # pixels every image is resized to: a side, or (height, width)
 CHANNELS = 3  # 3 = RGB, 1 = grey
 CLASSES = 1  # 1 = binary (sigmoid, masks 0/1), N = multi-class (softmax, masks 0..N-1)
 INPUT_SHAPE = (CHANNELS, *pair(CROP_SIZE))
-MODEL_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, per channel, for images scaled to 0..1
-MODEL_STD = (0.229, 0.224, 0.225)
+# Of ImageNet, per channel, for images scaled to 0..1.
+MODEL_MEAN = (0.485, 0.456, 0.406) if CHANNELS == 3 else (0.449,)
+MODEL_STD = (0.229, 0.224, 0.225) if CHANNELS == 3 else (0.226,)
 IGNORE_INDEX = None  # mask value that is neither trained on nor scored, e.g. 255
 
 # ---------------------------------------------------------------- folds
@@ -51,7 +52,7 @@ GROUP_REGEX = r'^([0-9a-f]{12})_\d\d$'  # its (group) must stay together: the ca
 FOLDS = [0, 1, 2, 3, 4]  # which folds to train and to test
 
 # ---------------------------------------------------------------- model
-MODEL_NAME = 'smp_unet_resnet34'  # smp_<decoder>_<encoder>; python test_model.py --list
+MODEL_NAME = 'smp_unet_resnet34'  # smp_<decoder>_<encoder>; test_model.py --list
 ENCODER_WEIGHTS = 'imagenet'  # or None, or the path of a weights file
 
 # ---------------------------------------------------------------- training
@@ -61,7 +62,9 @@ LR = 0.001  # of Adam
 EPOCHS = 7
 TRAIN_BATCH_SIZE = 4  # images per device
 VAL_BATCH_SIZE = 4
-ACCUMULATE_GRAD_BATCHES = 64  # batches per optimizer step: 64 * 4 = 256 images of Carvana's 4,070
+ACCUMULATE_GRAD_BATCHES = (
+    64  # batches per optimizer step: 64 * 4 = 256 images of a Carvana fold's 4,070
+)
 PRECISION = 16  # 16 (float16, CUDA only), 'bf16' or 32
 AUGMENTATION = 'original'  # any name in augmentation.AUGMENTATIONS: 'flip', 'strong', 'none', ...
 SEED = 42
@@ -110,7 +113,10 @@ def constants() -> dict:
 
 def in_short(error: Exception, length: int = 160) -> str:
     """What another package's error says, in one line."""
-    return ' '.join(str(error).split())[:length] or type(error).__name__
+    text = ' '.join(str(error).split())
+    if len(text) > length:
+        return text[:length].rpartition('. ')[0] or f'{text[:length]}...'
+    return text.rstrip('.') or type(error).__name__
 
 
 def nearest(name: str, names) -> str:

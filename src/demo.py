@@ -6,7 +6,7 @@ Writes  INPUT/demo: train_hq, train_masks, train_masks.csv, test_hq, sample_subm
 
     python demo.py                                    draw the cars, then run the three steps
     python demo.py FOLDS=[0] EPOCHS=2                 with other constants for the steps
-    python demo.py --cars 40 --size 1918x1280         more cars, larger images
+    python demo.py --cars 40 --test-cars 8 --size 1918x1280       more cars, larger images
     python demo.py --cars 318 --size 1918x1280 --only-draw --folder /tmp/carvana
 
 The steps run with small settings of MODEL_NAME, CROP_SIZE, N_FOLDS, FOLDS, AUGMENTATION, EPOCHS,
@@ -64,6 +64,7 @@ if __name__ == '__main__':
             '--folder': {},
             '--only-draw': {'action': 'store_true'},
         },
+        words([]),
     )
 
 import demo_cars

@@ -38,7 +38,9 @@ def train_fold(fold: int) -> None:
         elif rank_zero_only.rank == 0:
             draw_curves(fold, last['folder'], last['history'])
             tables.enter_model(fold, last['folder'], last['best'], last['history'])
-            print(f'fold {fold} has its {config.EPOCHS} epochs: {tables.relative(last["folder"])}')
+            print(
+                f'fold {fold} is finished, {config.EPOCHS} epochs: {tables.relative(last["folder"])}'
+            )
 
 
 def train(fold: int, last: dict | None) -> None:
@@ -56,6 +58,8 @@ def train(fold: int, last: dict | None) -> None:
     check_batch_size(fold, math.ceil((table.kfold != fold).sum() / trainer.world_size))
     if trainer.is_global_zero:
         print_start(fold, table, model, trainer)
+        if last:
+            print(f'resumes   after epoch {last["epoch"] + 1} of {config.EPOCHS}', flush=True)
     try:
         with runtime.told_plainly():
             trainer.fit(model, ckpt_path=last['file'] if last else None, weights_only=True)
@@ -159,8 +163,8 @@ def print_start(fold: int, table: pd.DataFrame, model, trainer) -> None:
     if steps < 10 and config.ACCUMULATE_GRAD_BATCHES > 1:
         fitting = max(1, batches // 10)
         print(
-            f'warning   only {steps} optimizer steps per epoch: ACCUMULATE_GRAD_BATCHES='
-            f'{config.ACCUMULATE_GRAD_BATCHES} is made for thousands of images; '
+            f'warning   only {steps} optimizer step{"s" * (steps > 1)} per epoch: '
+            f'ACCUMULATE_GRAD_BATCHES={config.ACCUMULATE_GRAD_BATCHES} is made for thousands of images; '
             f'ACCUMULATE_GRAD_BATCHES={fitting} gives {math.ceil(batches / fitting)}',
             flush=True,
         )

@@ -27,7 +27,7 @@ from pathlib import Path
 import pandas as pd
 
 import pairs
-from tables import read_table, some, write_table
+from tables import is_file, read_table, some, write_table
 
 
 def main() -> None:
@@ -48,8 +48,8 @@ def main() -> None:
 def image_names() -> list[str]:
     """Names, without folder and suffix, of the training images: from TRAIN_CSV or the folder."""
     folder = config.path(config.TRAIN_PATH)
-    if config.path(config.TRAIN_CSV).is_file():
-        table = read_table(config.path(config.TRAIN_CSV), ['img'], 'mend or remove it')
+    if is_file(config.TRAIN_CSV):
+        table = read_table(config.path(config.TRAIN_CSV), ['img'], 'fix or remove it')
         names = [name.removesuffix(config.IMAGE_SUFFIX) for name in table.img]
         outside = [name for name in names if not name or name != os.path.basename(name)]
         if outside:
@@ -66,7 +66,8 @@ def image_names() -> list[str]:
         if folder == config.path(config.MASK_PATH) and config.MASK_SUFFIX != config.IMAGE_SUFFIX:
             names = [n for n in names if not (n + config.IMAGE_SUFFIX).endswith(config.MASK_SUFFIX)]
     if not names:
-        raise config.UserMistake(f'{folder}: no images named *{config.IMAGE_SUFFIX} (IMAGE_SUFFIX)')
+        source = config.TRAIN_CSV if is_file(config.TRAIN_CSV) else folder
+        raise config.UserMistake(f'{source}: no image *{config.IMAGE_SUFFIX} (IMAGE_SUFFIX) in it')
     return sorted(names)
 
 
@@ -78,8 +79,8 @@ def assign_folds(names: list[str]) -> pd.DataFrame:
     if len(set(groups)) < config.N_FOLDS:
         raise config.UserMistake(
             f'N_FOLDS={config.N_FOLDS}, but only {len(set(groups))} different groups of images by '
-            f'GROUP_REGEX={config.GROUP_REGEX!r}, such as {some(sorted(set(groups)))}: fewer folds, '
-            'or GROUP_REGEX=None to split by image'
+            f'GROUP_REGEX={config.GROUP_REGEX!r}, such as {some(sorted(set(groups)))}: fewer folds'
+            + (', or GROUP_REGEX=None to split by image' if config.GROUP_REGEX else '')
         )
     table = pd.DataFrame({'img': names, 'kfold': -1, 'group': groups})
     splitter = GroupKFold(config.N_FOLDS, shuffle=True, random_state=config.SEED)
@@ -142,16 +143,21 @@ def digests(fold: int) -> dict[str, str]:
 
 def check_up_to_date() -> None:
     """TRAIN_FOLDS lists the images that there are, and is newer than they: or a UserMistake."""
-    table, file = read_folds(list(range(config.N_FOLDS))), config.path(config.TRAIN_FOLDS)
+    table, file = read_folds(), config.path(config.TRAIN_FOLDS)
     if table.kfold.max() >= config.N_FOLDS:
         raise config.UserMistake(
             f'{config.TRAIN_FOLDS} has {table.kfold.max() + 1} folds, N_FOLDS={config.N_FOLDS}: run '
             'folds.py again'
         )
-    changed = set(table.img) ^ set(image_names())
-    if not changed:
-        written = file.stat().st_mtime
-        changed = [f.name for n in table.img for f in pairs.files_of(n) if modified(f) > written]
+    read_folds(list(range(config.N_FOLDS)))
+    other = set(table.img) ^ set(image_names())
+    if other:
+        raise config.UserMistake(
+            f'{config.TRAIN_FOLDS} lists other images than there are ({some(sorted(other))}): run '
+            'folds.py'
+        )
+    written = file.stat().st_mtime
+    changed = [f.name for n in table.img for f in pairs.files_of(n) if modified(f) > written]
     if changed:
         raise config.UserMistake(
             f'{config.TRAIN_FOLDS} is older than the images ({some(sorted(changed))}): run folds.py'

@@ -41,10 +41,10 @@ def read_mask(file, classes: int = 1, ignore_index: int | None = None, size=None
     if table is None:
         legal = '0 and 1, or 0 and 255' if classes <= 2 else f'0 to {classes - 1}'
         legal += '' if ignore_index is None else f', and IGNORE_INDEX={ignore_index}'
-        shown = ', '.join(map(str, found[:8])) + (', ...' if len(found) > 8 else '')
+        values = [v for v in found.tolist() if v != ignore_index and (classes <= 2 or v >= classes)]
+        shown = ', '.join(map(str, values[:8])) + (', ...' if len(values) > 8 else '')
         raise config.UserMistake(
-            f'{file}: mask values {shown}; CLASSES={classes} takes {legal}. Masks that were resized '
-            'smoothly or saved as JPEG have values in between: make them again'
+            f'{file}: mask values {shown}; CLASSES={classes} takes {legal}. {remedy(values)}'
         )
     return values if table == list(range(256)) else cv2.LUT(values, np.array(table, np.uint8))
 
@@ -83,6 +83,16 @@ def stored_values(image: Image.Image, classes: int, size=None) -> np.ndarray | N
         raise ValueError('floating-point values')
     red, green, blue = (np.asarray(band) for band in image.convert('RGB').split())
     return np.array(red) if np.array_equal(red, green) and np.array_equal(red, blue) else None
+
+
+def remedy(values: list[int]) -> str:
+    """What to do about illegal values."""
+    if values == [255]:
+        return 'Masks of 0 and 255 have CLASSES=1; where 255 marks what does not count, IGNORE_INDEX=255'
+    return (
+        'Masks that were resized smoothly or saved as JPEG have values in between: make them again; '
+        'or TRAIN_PATH and MASK_PATH are swapped, or CLASSES is too small'
+    )
 
 
 def index_table(found: list[int], classes: int, ignore_index: int | None) -> list[int] | None:

@@ -107,6 +107,6 @@ def build_model(name: str, weights=None, channels: int = 3, classes: int = 1) ->
     if len(parts) != 3 or parts[0] != 'smp':
         raise config.UserMistake(
             f"MODEL_NAME='{name}': write smp_<decoder>_<encoder>, such as smp_unet_resnet34; all "
-            'names: python test_model.py --list'
+            'names: test_model.py --list'
         )
     return build(parts[1], parts[2], weights, channels, classes)

@@ -26,15 +26,15 @@ def score(models: dict[int, CarvanaModel]) -> float:
     Returns the threshold for the test images: THRESHOLD, or the best one found here.
     """
     if not config.path(config.TRAIN_FOLDS).is_file():
-        print(f'{config.TRAIN_FOLDS} is not there: nothing to score out of fold')
-        return config.THRESHOLD or 0.5
-    reason = no_score(models)
-    if reason and config.PATH is None:
+        reason = f'{config.TRAIN_FOLDS} is not there'
+    else:
+        reason = no_score(models)
+    if reason and config.PATH is None and config.path(config.TRAIN_FOLDS).is_file():
         raise config.UserMistake(
             f'{reason}: run Lightning_trainer.py again, or put the older file back'
         )
     if reason:
-        print(f'{reason}: nothing to score out of fold')
+        print(f'{reason}: nothing to score out of fold, threshold {config.THRESHOLD or 0.5}')
         return config.THRESHOLD or 0.5
     table = folds.read_folds(list(models)).sort_values(['kfold', 'img'], ignore_index=True)
     constants = next(iter(models.values())).hparams
@@ -67,9 +67,9 @@ def score(models: dict[int, CarvanaModel]) -> float:
         writer.remove_parts()
         print_scores(table)
         if constants.CLASSES == 1:
-            why = 'as set' if config.THRESHOLD else 'the best of these images'
+            why = 'as set' if config.THRESHOLD else 'tuned on these images'
             means = [dice[:, number].mean() for number in (chosen, thresholds.index(0.5))]
-            print(f'threshold {threshold}: mean Dice {means[0]:.4f} (0.5: {means[1]:.4f}), {why}')
+            print(f'threshold {threshold}, {why}: mean Dice {means[0]:.4f} ({means[1]:.4f} at 0.5)')
         else:
             print_classes(counts[:, 0])
         draw(table, models, threshold)
@@ -105,7 +105,7 @@ def print_scores(table: pd.DataFrame) -> None:
     print("out of fold, at the images' own size")
     print(scores.to_string(float_format='%.4f'))
     worst = table.nsmallest(10, 'dice')
-    print('worst: ' + ', '.join(f'{row.img} {row.dice:.4f}' for row in worst.itertuples()))
+    print('worst\n' + '\n'.join(f'  {row.dice:.4f}  {row.img}' for row in worst.itertuples()))
 
 
 def print_classes(counts: torch.Tensor) -> None:
@@ -123,7 +123,9 @@ def draw(table: pd.DataFrame, models: dict, threshold: float, count: int = 4) ->
     oof_histogram.png: how the Dice is spread."""
     ordered = table.sort_values('dice', ignore_index=True)
     middle = max(0, len(ordered) // 2 - count // 2)
-    rows = pd.concat([ordered[:count], ordered[middle : middle + count]]).drop_duplicates('img')
+    kinds = {'worst': ordered[:count], 'typical': ordered[middle : middle + count]}
+    rows = pd.concat([part.assign(kind=kind) for kind, part in kinds.items()])
+    rows = rows.drop_duplicates('img')
     constants = next(iter(models.values())).hparams
     fig, axes = plots.figure(len(rows), 4, 2.6, 2.0, 'Out of fold: the worst, then typical images')
     for axis_row, row in zip(axes, rows.itertuples()):
@@ -143,6 +145,7 @@ def draw(table: pd.DataFrame, models: dict, threshold: float, count: int = 4) ->
             (row.img, 'truth', f'prediction, Dice {row.dice:.4f}', 'errors'),
         ):
             plots.show_image(axis, picture, title)
+        axis_row[0].set_ylabel(row.kind, fontsize=8)
     plots.legend(fig, plots.class_legend(constants.CLASSES) | plots.error_legend(constants.CLASSES))
     output = config.path(config.OUTPUT)
     plots.save(fig, output / 'oof_worst.png')

@@ -10,9 +10,11 @@ from tqdm import tqdm
 import config
 import images
 import masks
-from tables import some
+from tables import is_file, some
 
 MASKS_LOOKED_AT = 500  # of more masks, so many are decoded here; the first epoch meets the others
+
+LEAVE_OUT = 'move them away, or list the others in a CSV with a column img (TRAIN_CSV)'
 
 
 def files_of(name: str) -> tuple[Path, Path]:
@@ -33,13 +35,17 @@ def files_in(folder: Path, suffix: str, constant: str) -> list[str]:
     files = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith('.'))
     names = [file.removesuffix(suffix) for file in files if file.endswith(suffix)]
     if not names:
-        endings = Counter(os.path.splitext(file)[1] or 'no suffix' for file in files)
-        there = ', '.join(f'{count} {ending}' for ending, count in endings.most_common(4))
         raise config.UserMistake(
-            f'{folder}: no file named *{suffix}, but {there or "it is empty"}: set {constant} (are '
+            f'{folder}: no file named *{suffix}, but {endings(files)}: set {constant} (are '
             'TRAIN_PATH and MASK_PATH swapped?) or its suffix'
         )
     return names
+
+
+def endings(files: list[str]) -> str:
+    """How many files of which suffixes there are, in words."""
+    counts = Counter(os.path.splitext(file)[1] or 'no suffix' for file in files)
+    return ', '.join(f'{count} {end}' for end, count in counts.most_common(4)) or 'it is empty'
 
 
 def check(names: list[str]) -> None:
@@ -47,19 +53,22 @@ def check(names: list[str]) -> None:
     image_folder, mask_folder = config.path(config.TRAIN_PATH), config.path(config.MASK_PATH)
     with_image = set(files_in(image_folder, config.IMAGE_SUFFIX, 'TRAIN_PATH'))
     with_mask = set(files_in(mask_folder, config.MASK_SUFFIX, 'MASK_PATH'))
+    listed = is_file(config.TRAIN_CSV)
+    source = f' in {config.TRAIN_CSV} (TRAIN_CSV)' if listed else ''
+    remedy = 'set TRAIN_CSV=None to take the folder' if listed else LEAVE_OUT
     for missing, what in (
         ([n for n in names if n not in with_image], f'have no file in {config.TRAIN_PATH}'),
         ([n for n in names if n not in with_mask], f'have no mask in {config.MASK_PATH}'),
     ):
         if missing:
             raise config.UserMistake(
-                f'{len(missing)} of {len(names)} images {what}: {some(missing)}'
+                f'{len(missing)} of {len(names)} images{source} {what}: {some(missing)}: {remedy}'
             )
     lonely = sorted(with_mask - with_image)
-    if lonely and not config.path(config.TRAIN_CSV).is_file():
+    if lonely and not listed:
         raise config.UserMistake(
             f'{len(lonely)} masks in {config.MASK_PATH} have no image *{config.IMAGE_SUFFIX} in '
-            f'{config.TRAIN_PATH}: {some(lonely)}'
+            f'{config.TRAIN_PATH}: {some(lonely)}: {remedy}'
         )
     differ = []
     for name in tqdm(names, 'checking headers', disable=None, leave=False):
@@ -70,7 +79,8 @@ def check(names: list[str]) -> None:
             differ.append(f'{name} ({shape(image_size)} and {shape(mask_size)})')
     if differ:
         raise config.UserMistake(
-            f'{len(differ)} images and their masks differ in size (width x height): {some(differ)}'
+            f'{len(differ)} images and their masks differ in size (width x height): {some(differ)}: '
+            'resize the masks by the nearest pixel'
         )
     constant, seen = Counter(), set()
     step = max(1, len(names) // MASKS_LOOKED_AT)
@@ -79,6 +89,10 @@ def check(names: list[str]) -> None:
         seen.update(np.flatnonzero(np.bincount(mask.ravel())).tolist())
         if mask.min() == mask.max():
             constant[int(mask.min())] += 1
+    if len(seen) == 1 and step == 1:
+        raise config.UserMistake(
+            f'{config.MASK_PATH}: the masks hold nothing but class {seen.pop()}: is it the right folder?'
+        )
     if config.IGNORE_INDEX in seen and seen <= {0, config.IGNORE_INDEX}:
         raise config.UserMistake(
             f'{config.MASK_PATH}: the masks hold nothing but 0 and {config.IGNORE_INDEX}, which '

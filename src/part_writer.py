@@ -92,6 +92,8 @@ class PartWriter(BasePredictionWriter):
         trainer.strategy.barrier()  # all ranks have read them
 
     def on_exception(self, trainer, module, error) -> None:
+        if isinstance(error, KeyboardInterrupt) and trainer.is_global_zero:
+            print('stopped; RESUME=True goes on after the images that are done', flush=True)
         if hasattr(self, 'file'):
             self.close()
 

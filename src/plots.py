@@ -6,16 +6,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 import tables
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, BLACK = (
     '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000',
 )  # fmt: skip
-# From the ninth class on the muted colours of Paul Tol, safe as well, though with that many none is.
-CLASS_COLOURS = [GREEN, ORANGE, PINK, SKY, YELLOW, BLUE, RED, '#999999']
-CLASS_COLOURS += ['#332288', '#88CCEE', '#117733', '#999933']
-CLASS_COLOURS += ['#DDCC77', '#CC6677', '#882255', '#AA4499']
+# From the seventh class on the muted colours of Paul Tol, safe as well, though with that many none is.
+CLASS_COLOURS = [GREEN, ORANGE, PINK, SKY, YELLOW, '#999999', '#332288', '#88CCEE']
+CLASS_COLOURS += ['#117733', '#999933', '#DDCC77', '#CC6677', '#882255', '#AA4499', '#661100']
+CLASS_COLOURS += ['#6699CC']
 MISSED, ADDED = BLUE, RED  # foreground not found; background taken for it
 
 
@@ -43,7 +44,8 @@ def save(fig: Figure, file: Path) -> Path:
 def show_image(axis, image: np.ndarray, title: str = '') -> None:
     """An image (H, W, 3) or (H, W, 1), uint8, without ticks."""
     axis.imshow(image.squeeze(), cmap='gray', vmin=0, vmax=255)
-    axis.set_title(title, fontsize=8)
+    short = title if len(title) <= 32 else f'{title[:15]}...{title[-14:]}'
+    axis.set_title(short, fontsize=8)
     axis.set_xticks([])
     axis.set_yticks([])
 
@@ -118,7 +120,8 @@ def curves(table, title: str) -> Figure:
         axis.set_ylabel(label)
         if label == 'learning rate':
             axis.set_ylim(bottom=0)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.set_xlim(0.5, len(epochs) + 0.5)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, frameon=False)
     return fig
@@ -133,6 +136,7 @@ def histogram(values, label: str, title: str) -> Figure:
     axis.axvline(np.median(values), color=ORANGE, label=f'median {np.median(values):.4f}')
     axis.set_xlabel(label)
     axis.set_ylabel('images')
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.legend(fontsize=8, frameon=False)
     axis.grid(alpha=0.3)
     return fig

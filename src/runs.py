@@ -168,7 +168,8 @@ def check_constants(name: str, constants: dict) -> None:
     if differ:
         was = ', '.join(f'{name}={constants[name]}' for name in differ)
         raise config.UserMistake(
-            f'RESUME=True: {name} was begun with {was}: set the same, or RESUME=False to start anew'
+            f'RESUME=True: {name} was begun with {was}: set the same (or more EPOCHS), or RESUME=False '
+            'to start anew'
         )
 
 

@@ -31,7 +31,7 @@ def trainer(**arguments) -> pl.Trainer:
     """Lightning's Trainer on the hardware of config.py; or a config.UserMistake that names it."""
     try:
         return pl.Trainer(**{**hardware(), **arguments})
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
         names = ('ACCELERATOR', 'DEVICES', 'NUM_NODES', 'STRATEGY')
         shown = ', '.join(f'{name}={getattr(config, name)!r}' for name in names)
         raise config.UserMistake(f'{shown}: {config.in_short(error, 300)}') from None

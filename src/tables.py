@@ -1,5 +1,6 @@
 """Files that are there whole or not at all; models.csv; how files and names are shown."""
 
+import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -43,6 +44,18 @@ def whole_text(file: Path):
             yield text
     except OSError as error:
         raise config.UserMistake(f'{file}: cannot be written ({error.strerror})') from None
+
+
+def check_writable(constant: str) -> None:
+    """Raise config.UserMistake where nothing can be written into a folder of config.py."""
+    folder = config.path(getattr(config, constant))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise config.UserMistake(
+            f'{constant}={folder}: cannot be written ({error.strerror}): set another folder'
+        ) from None
 
 
 def write_table(table: pd.DataFrame, file: Path) -> None:
@@ -102,6 +115,11 @@ def relative(file: Path) -> str:
     """A path as users write it: from the project's root, where it is in there."""
     root = config.path('.')
     return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
+
+
+def is_file(name: str | None) -> bool:
+    """Whether a file that may be None, or need not be there, is."""
+    return name is not None and config.path(name).is_file()
 
 
 def some(names: list[str], count: int = 5) -> str:

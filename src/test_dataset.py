@@ -1,8 +1,9 @@
 """Look at the data: a picture of what the model is fed (a script, not a unit test).
 
 Reads   TRAIN_FOLDS, TRAIN_PATH, MASK_PATH (IMAGE_SUFFIX, MASK_SUFFIX), at CROP_SIZE (CHANNELS).
-Writes  OUTPUT/test_dataset.png: images of the first of FOLDS as they are validated, and below each
-        the same with AUGMENTATION in four epochs; the mask (CLASSES, IGNORE_INDEX) is drawn over them.
+Writes  OUTPUT/test_dataset.png: images of the first of FOLDS as they are validated, without and
+        with the mask (CLASSES, IGNORE_INDEX) drawn over them, and below the same with AUGMENTATION
+        in four epochs.
 
     python test_dataset.py
     python test_dataset.py AUGMENTATION=strong CROP_SIZE=512
@@ -27,15 +28,17 @@ def main() -> None:
     step = max(1, len(plain) // IMAGES)
     indices = range(0, len(plain), step)[:IMAGES]
     title = (
-        f'fold {folds[0]} at {config.CROP_SIZE}: as it is, and AUGMENTATION={config.AUGMENTATION}'
+        f'fold {folds[0]} at {config.CROP_SIZE}: only resized, without and with its mask; '
+        f'below, AUGMENTATION={config.AUGMENTATION}'
     )
-    fig, axes = plots.figure(1 + EPOCHS, len(indices), 2.4, 2.0, title)
+    fig, axes = plots.figure(2 + EPOCHS, len(indices), 2.4, 2.0, title)
     for column, index in zip(axes.T, indices):
-        items = [plain[index], *(augmented[epoch, index] for epoch in range(EPOCHS))]
+        items = [plain[index]] * 2 + [augmented[epoch, index] for epoch in range(EPOCHS)]
         for row, (axis, item) in enumerate(zip(column, items)):
             image = item['image'].permute(1, 2, 0).numpy()
-            picture = plots.overlay(image, item['mask'].numpy(), config.CLASSES, strength=0.35)
-            plots.show_image(axis, picture, f'epoch {row}' if row else item['img'])
+            strength = 0.35 if row else 0
+            picture = plots.overlay(image, item['mask'].numpy(), config.CLASSES, strength)
+            plots.show_image(axis, picture, f'epoch {row - 1}' if row > 1 else item['img'])
     plots.legend(fig, plots.class_legend(config.CLASSES))
     file = plots.save(fig, config.path(config.OUTPUT) / 'test_dataset.png')
     item = plain[0]

@@ -58,7 +58,7 @@ def main() -> None:
     if not config.path(config.TRAIN_PATH).is_dir():
         folder, table = f'{config.INPUT}/demo', f'{config.OUTPUT}/demo/train_folds.csv'
         words = demo.words(words, INPUT=folder, TRAIN_FOLDS=table)
-        print(f'no images in {config.TRAIN_PATH}: on the cars of the demo', flush=True)
+        print(f"no images in {config.TRAIN_PATH}: using the demo's cars", flush=True)
         command_line.override(words)
         demo_cars.make_dataset(config.path(config.INPUT), demo.CARS, seed=config.SEED)
         folds.main()
@@ -70,9 +70,10 @@ def main() -> None:
         results = [run_row(name, [*words, f'SEED={seed}']) for seed in seeds]
         rows.append(summary(name, results, reason))
         devices += [result['device'] for result in results]
-        print('  '.join(f'{key} {value}' for key, value in rows[-1].items()), flush=True)
+        print(f'{name}: {rows[-1]["note"]}', flush=True)
     table, output = pd.DataFrame(rows), config.path(config.OUTPUT)
     tables.write_table(table, output / 'precision.csv')
+    print(table.drop(columns='note').to_string(index=False, na_rep='-'))
     title = f'{config.MODEL_NAME}, {config.CROP_SIZE} pixels, {devices[0]}'
     plots.save(plots.precision(table, title), output / 'precision.png')
     print(
@@ -180,7 +181,8 @@ def measure(name: str, steps: int) -> dict:
         'peak_memory_mb': peak,
         'val_dice': trainer.callback_metrics['val_dice'].item(),
         'note': f'{WARM_UP + steps - done} of {WARM_UP + steps} steps skipped by the scaler, '
-        f'waited for data {share:.0%} of the time',
+        * (trainer.precision == '16-mixed')
+        + f'waited for data {share:.0%} of the time',
     }
 
 

@@ -212,3 +212,18 @@ def test_the_demo_keeps_to_its_own_folders():
     command_line.override(given)
     assert (config.INPUT, config.OUTPUT, config.EPOCHS) == ('/x/demo', '/y/demo', 2)
     assert demo.SETTINGS['N_FOLDS'] == config.N_FOLDS
+
+
+def test_grey_images_have_their_own_normalisation():
+    command_line.override(['CHANNELS=1'])
+    command_line.check()
+    assert len(config.MODEL_MEAN) == len(config.MODEL_STD) == 1
+
+
+def test_ctrl_c_is_one_word_wherever_it_comes():
+    code = (
+        f'import sys; sys.path.insert(0, {str(SRC)!r}); import command_line; sys.argv[1:] = []\n'
+        'command_line.start("")\nraise KeyboardInterrupt'
+    )
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert result.stderr == 'stopped\n' and result.returncode != 0

@@ -53,7 +53,7 @@ def test_masks_beside_the_images(tmp_path):
         Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(
             tmp_path / f'all/{n}.png'
         )
-        Image.new('L', (9, 9)).save(tmp_path / f'all/{n}_mask.png')
+        Image.fromarray(np.eye(9, dtype=np.uint8)).save(tmp_path / f'all/{n}_mask.png')
     words = [f'TRAIN_PATH={tmp_path}/all', f'MASK_PATH={tmp_path}/all', f'OUTPUT={tmp_path}/out']
     words += ['IMAGE_SUFFIX=.png', 'MASK_SUFFIX=_mask.png', 'GROUP_REGEX=None', 'INPUT=nowhere']
     command_line.override([*words, 'N_FOLDS=3', 'FOLDS=[0]'])
@@ -87,8 +87,9 @@ MISTAKES = {
     'truncated': (lambda f: image(f).write_bytes(image(f).read_bytes()[:-99]), '01.jpg: not a readable'),
     'twice': (lambda f: csv(f, 'img\na.jpg\na.jpg\n'), 'more than once: a'),
     'no column': (lambda f: csv(f, 'image\na.jpg\n'), 'no column img, only image'),
-    'unknown': (lambda f: csv(f, 'img\na.jpg\n'), '1 of 1 images have no file.*a'),
+    'unknown': (lambda f: csv(f, 'img\na.jpg\n'), '1 of 1 .*have no file.*a: set TRAIN_CSV=None'),
     'outside': (lambda f: csv(f, 'img\n../a.jpg\n'), 'not the name of a file in TRAIN_PATH'),
+    'only a header': (lambda f: csv(f, 'img\n'), 'train_masks.csv: no image'),
     'empty csv': (lambda f: csv(f, ''), 'not a readable table'),
     'few groups': (lambda f: setattr(config, 'N_FOLDS', 6), 'only 5 different groups'),
     'regex': (lambda f: setattr(config, 'GROUP_REGEX', '^(z+)'), "does not fit .*'000000000000_01'"),
@@ -134,7 +135,9 @@ def test_a_table_older_than_the_images_is_refused(carvana):
         folds.check_up_to_date()
     make_carvana(carvana / 'more', cars=6)
     config.TRAIN_PATH, config.MASK_PATH = f'{carvana}/more/train_hq', f'{carvana}/more/train_masks'
-    with pytest.raises(config.UserMistake, match='older than the images.*000000000005_01'):
+    with pytest.raises(
+        config.UserMistake, match='lists other images than there are .000000000005_01'
+    ):
         folds.check_up_to_date()
 
 
@@ -171,3 +174,25 @@ def test_images_of_a_clock_that_goes_ahead_are_not_newer_for_ever(carvana):
     os.utime(image(carvana), (ahead, ahead))
     folds.main()
     folds.check_up_to_date()
+
+
+def test_more_folds_than_asked_for_are_told(carvana):
+    folds.main()
+    config.N_FOLDS = 3
+    with pytest.raises(config.UserMistake, match='has 5 folds, N_FOLDS=3: run folds.py again'):
+        folds.check_up_to_date()
+
+
+def test_masks_without_any_object_are_refused(carvana):
+    for file in (carvana / 'input/train_masks').iterdir():
+        save_mask_gif(file, np.zeros((48, 64), np.uint8))
+    with pytest.raises(config.UserMistake, match='nothing but class 0: is it the right folder'):
+        folds.main()
+
+
+def test_the_folder_is_taken_where_no_list_is_wanted(carvana):
+    csv(carvana, 'img\n000000000000_01.jpg\n')
+    config.TRAIN_CSV = None
+    command_line.check()
+    folds.main()
+    assert len(folds.read_folds()) == 10

@@ -176,6 +176,14 @@ def test_other_values_are_refused_with_the_file_and_the_values(tmp_path, values)
     assert 'm.png' in str(mistake.value) and str(values)[1:-1] in str(mistake.value)
 
 
+def test_the_values_that_do_not_fit_are_the_ones_shown(tmp_path):
+    file = saved(
+        tmp_path, Image.fromarray(np.uint8([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 255]])), 'm.png'
+    )
+    with pytest.raises(config.UserMistake, match='mask values 255; .*IGNORE_INDEX=255'):
+        masks.read_mask(file, classes=10)
+
+
 def test_a_coloured_mask_is_refused(tmp_path):
     with pytest.raises(config.UserMistake, match=r'm\.png.*coloured'):
         masks.read_mask(saved(tmp_path, Image.fromarray(COLOURS), 'm.png'))

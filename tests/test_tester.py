@@ -210,3 +210,14 @@ def test_images_of_the_same_name_elsewhere_are_another_job(model, tmp_path):
         writer = predictor.predict(runner, files, tmp_path / 'x.csv', lambda *_: '')
         jobs.append(writer.job)
     assert jobs[0] != jobs[1]
+
+
+def test_what_is_not_predicted_is_told(model, tmp_path, capsys):
+    (tmp_path / 'test/a.jpg').write_bytes(b'')
+    but = 'no images *.png (IMAGE_SUFFIX), but 1 .jpg'
+    for folder, told in (('test', but), ('x', 'no such folder')):
+        config.TEST_PATH = str(tmp_path / folder)
+        Lightning_tester.predict_test({0: model}, 0.5)
+        assert f'{told}: nothing to predict' in capsys.readouterr().out
+    with pytest.raises(config.UserMistake, match='is a folder: .* PATH to a .ckpt'):
+        Lightning_tester.load_model(str(tmp_path))

@@ -15,6 +15,7 @@ import command_line
 import config
 import fold_trainer
 import folds
+import Lightning_trainer
 import runs
 import runtime
 import tables
@@ -93,6 +94,13 @@ def test_an_unwritable_folder_is_told_in_one_line(ready, capsys):
     with pytest.raises(SystemExit) as ended:
         command_line.run(lambda: fold_trainer.train_fold(0))
     assert re.match(r'LOGS_PATH=\S+logs: cannot be written', str(ended.value.code))
+
+
+def test_an_unwritable_output_is_told_before_the_training(ready):
+    (ready / 'file').write_text('in place of a folder')
+    config.OUTPUT, config.TRAIN_FOLDS = str(ready / 'file'), f'{ready}/output/train_folds.csv'
+    with pytest.raises(config.UserMistake, match='OUTPUT=.*file: cannot be written'):
+        Lightning_trainer.train_all()
 
 
 def test_a_full_disk_is_told_in_one_line(ready, tmp_path):
@@ -186,3 +194,10 @@ def test_advice_where_the_device_waits(monkeypatch):
     assert 'NUM_WORKERS from 2 to 4' in runtime.advice(0.11)
     config.NUM_WORKERS = 4
     assert 'CACHE=True' in runtime.advice(0.5)
+
+
+def test_what_other_packages_say_is_told_in_one_line():
+    assert config.in_short(ValueError('a\n  b.')) == 'a b'
+    assert config.in_short(ValueError('Failed. ' + 'x' * 200)) == 'Failed'
+    assert config.in_short(ValueError('x' * 200), 9) == 'xxxxxxxxx...'
+    assert config.in_short(KeyError()) == 'KeyError'
