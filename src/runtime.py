@@ -62,8 +62,7 @@ def precision() -> tuple[str, str]:
     if on_cuda():
         return '16-mixed', 'float16 where it is safe, with a gradient scaler (native torch AMP)'
     return '32-true', (
-        "float32: PRECISION=16 needs a CUDA GPU; on a CPU PRECISION='bf16' may be slower or faster, "
-        'test_precision.py tells'
+        "float32: PRECISION=16 needs a CUDA GPU; PRECISION='bf16' may be faster, test_precision.py tells"
     )
 
 

@@ -6,11 +6,13 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SRC, Evil, environment
 
+import callbacks
 import command_line
 import config
 import fold_trainer
@@ -201,3 +203,18 @@ def test_what_other_packages_say_is_told_in_one_line():
     assert config.in_short(ValueError('Failed. ' + 'x' * 200)) == 'Failed'
     assert config.in_short(ValueError('x' * 200), 9) == 'xxxxxxxxx...'
     assert config.in_short(KeyError()) == 'KeyError'
+
+
+def test_the_line_of_an_epoch_goes_above_the_bar(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
+    (bar,) = callbacks.progress_bars()
+    bar.print = lambda line: print(f'above {line}')
+    trainer = SimpleNamespace(
+        callback_metrics={'val_dice': torch.tensor(0.5)}, progress_bar_callback=bar,
+        current_epoch=0, max_epochs=2, global_step=3, is_global_zero=True,
+    )  # fmt: skip
+    lines = callbacks.EpochLines(1)
+    lines.on_train_epoch_start(trainer, None)
+    lines.on_train_epoch_end(trainer, None)
+    assert capsys.readouterr().out.startswith('above fold 1  epoch   1/2  val_dice 0.5000')
+    assert bar.get_metrics(trainer, None) == {}
