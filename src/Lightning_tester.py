@@ -31,6 +31,7 @@ import numpy as np
 from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
 
+import image_files
 import images
 import masks
 import out_of_fold
@@ -40,7 +41,6 @@ import predictor
 import runs
 import runtime
 import tables
-from image_files import ImageFiles
 from Lightning_module import CarvanaModel
 from part_writer import PartWriter
 
@@ -72,7 +72,7 @@ def load_models() -> dict[int, CarvanaModel]:
         raise config.UserMistake(f'FOLDS={config.FOLDS}: none of them has been trained yet')
     untrained = sorted(set(config.FOLDS) - set(table.fold))
     if untrained:
-        print(f'folds that are not trained yet, and left out: {tables.some(untrained)}')
+        runtime.tell(f'folds that are not trained yet, and left out: {tables.some(untrained)}')
     models = {row.fold: load_model(row.checkpoint) for row in table.itertuples()}
     first = table.checkpoint.iloc[0]
     for row in table.itertuples():
@@ -103,20 +103,20 @@ def load_model(file: str) -> CarvanaModel:
             f'{file}: not a checkpoint of this project ({config.in_short(error)})'
         ) from None
     size = 'x'.join(map(str, model.input_form[:2]))
-    print(f'{file}: {model.hparams.MODEL_NAME}, {size} pixels')
+    runtime.tell(f'{file}: {model.hparams.MODEL_NAME}, {size} pixels')
     return model.eval()
 
 
 def predict_test(models: dict[int, CarvanaModel], threshold: float) -> None:
     """Predict TEST_PATH with the mean of the models: submission.csv, a picture, SAVE_MASKS."""
     folder, output = config.path(config.TEST_PATH), config.path(config.OUTPUT)
-    files = test_files(folder)
+    files = image_files.test_files(folder)
     if not files:
         there = 'no such folder'
         if folder.is_dir():
             names = [file.name for file in folder.iterdir()]
             there = f'no images *{config.IMAGE_SUFFIX} (IMAGE_SUFFIX), but {pairs.endings(names)}'
-        print(f'{tables.relative(folder)}: {there}: nothing to predict')
+        runtime.tell(f'{tables.relative(folder)}: {there}: nothing to predict')
         return
     for file in tqdm(files, 'checking headers', disable=None, leave=False):
         images.check_header(file)
@@ -134,7 +134,7 @@ def predict_test(models: dict[int, CarvanaModel], threshold: float) -> None:
             save_mask(mask_folder / (Path(name).stem + '.png'), mask * np.uint8(scale))
         return masks.rle_encode(mask)
 
-    data, target = ImageFiles(files, runner.inputs), output / 'submission.csv'
+    data, target = image_files.ImageFiles(files, runner.inputs), output / 'submission.csv'
     writer = predictor.predict(runner, data, target, line, form={'masks': save_masks})
     if not writer.trainer.is_global_zero:
         return
@@ -148,32 +148,6 @@ def predict_test(models: dict[int, CarvanaModel], threshold: float) -> None:
         f'{len(files)} images of {tables.relative(folder)}: {config.OUTPUT}/submission.csv, '
         'test_samples.png'
     )
-
-
-def test_files(folder: Path) -> list[Path]:
-    """The images to predict: those of TEST_CSV, in its order, where it exists; else the folder's."""
-    if not folder.is_dir():
-        return []
-    suffix = config.IMAGE_SUFFIX
-    there = sorted(f.name for f in folder.iterdir() if f.name.endswith(suffix) and f.is_file())
-    if not there or not tables.is_file(config.TEST_CSV):
-        return [folder / name for name in there]
-    table = tables.read_table(config.path(config.TEST_CSV), ['img'], 'fix or remove it')
-    asked = [name.removesuffix(suffix) + suffix for name in table.img.drop_duplicates()]
-    missing, extra = set(asked) - set(there), set(there) - set(asked)
-    if len(missing) == len(set(asked)):
-        print(f'{config.TEST_CSV} lists none of the images in {folder}: all of these are predicted')
-        return [folder / name for name in there]
-    if missing:
-        print(
-            f'{len(missing)} images of {config.TEST_CSV} are not in {folder}: '
-            + tables.some(sorted(missing))
-        )
-    if extra:
-        print(
-            f'{len(extra)} images in {folder} are not in {config.TEST_CSV}: {tables.some(sorted(extra))}'
-        )
-    return [folder / name for name in asked if name not in missing]
 
 
 def save_mask(file: Path, mask: np.ndarray) -> None:

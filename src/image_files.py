@@ -1,11 +1,15 @@
 """ImageFiles: images to predict, of any size, each read once; in batches that are always the same."""
 
+from pathlib import Path
+
 import torch
 from torch.utils.data import Dataset
 
 import config
 import images
 import masks as mask_files
+import runtime
+import tables
 from dataset import stack
 
 
@@ -83,3 +87,24 @@ class Batches(Dataset):
 
     def __getitem__(self, number: int) -> dict:
         return collate_files([self.data[index] for index in self.lists[number]])
+
+
+def test_files(folder: Path) -> list[Path]:
+    """The images to predict: those of TEST_CSV, in its order, where it exists; else the folder's."""
+    if not folder.is_dir():
+        return []
+    suffix, listing = config.IMAGE_SUFFIX, config.TEST_CSV
+    there = sorted(f.name for f in folder.iterdir() if f.name.endswith(suffix) and f.is_file())
+    if not there or not tables.is_file(listing):
+        return [folder / name for name in there]
+    table = tables.read_table(config.path(listing), ['img'], 'fix or remove it')
+    asked = [name.removesuffix(suffix) + suffix for name in table.img.drop_duplicates()]
+    missing, extra = set(asked) - set(there), set(there) - set(asked)
+    if len(missing) == len(set(asked)):
+        runtime.tell(f'{listing} lists none of the images in {folder}: all of these are predicted')
+        return [folder / name for name in there]
+    lacking = (missing, f'{listing} are not in {folder}'), (extra, f'{folder} are not in {listing}')
+    for names, what in lacking:
+        if names:
+            runtime.tell(f'{len(names)} images of {what}: {tables.some(sorted(names))}')
+    return [folder / name for name in asked if name not in missing]

@@ -13,6 +13,7 @@ import metrics
 import pairs
 import plots
 import predictor
+import runtime
 import tables
 from image_files import ImageFiles
 from Lightning_module import CarvanaModel
@@ -25,16 +26,14 @@ def score(models: dict[int, CarvanaModel]) -> float:
 
     Returns the threshold for the test images: THRESHOLD, or the best one found here.
     """
-    if not config.path(config.TRAIN_FOLDS).is_file():
-        reason = f'{config.TRAIN_FOLDS} is not there'
-    else:
-        reason = no_score(models)
-    if reason and config.PATH is None and config.path(config.TRAIN_FOLDS).is_file():
+    there = config.path(config.TRAIN_FOLDS).is_file()
+    reason = no_score(models) if there else f'{config.TRAIN_FOLDS} is not there'
+    if reason and there and config.PATH is None:
         raise config.UserMistake(
             f'{reason}: run Lightning_trainer.py again, or put the older file back'
         )
     if reason:
-        print(f'{reason}: nothing to score out of fold, threshold {config.THRESHOLD or 0.5}')
+        runtime.tell(f'{reason}: nothing to score out of fold, threshold {config.THRESHOLD or 0.5}')
         return config.THRESHOLD or 0.5
     table = folds.read_folds(list(models)).sort_values(['kfold', 'img'], ignore_index=True)
     constants = next(iter(models.values())).hparams

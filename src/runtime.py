@@ -10,9 +10,12 @@ from contextlib import contextmanager
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import config
+
+tell = rank_zero_only(print)  # where every process would say the same
 
 
 def hardware() -> dict:
