@@ -96,7 +96,7 @@ def test_finished_folds_are_left_alone_and_other_constants_refused(undisturbed, 
     before = (folder / 'output/models.csv').read_bytes()
     command_line.override([*words, 'RESUME=True'])
     fold_trainer.train_fold(0)
-    assert f'fold 0 has its {config.EPOCHS} epochs' in capsys.readouterr().out
+    assert f'fold 0 is finished, {config.EPOCHS} epochs' in capsys.readouterr().out
     assert (folder / 'output/models.csv').read_bytes() == before
     command_line.override([*words, 'RESUME=True', 'LR=0.5', 'LOSS=CE'])
     with pytest.raises(config.UserMistake, match='begun with LOSS=IoULoss, LR=0.001: set the same'):
@@ -150,7 +150,7 @@ def test_an_epoch_that_is_not_the_best_is_kept_as_the_last(undisturbed, tmp_path
     found = runs.last_run(0)
     assert found['epoch'] == 1 and len(found['history']) == 2 and found['best'].is_file()
     fold_trainer.train_fold(0)
-    assert 'fold 0 has its 2 epochs' in capsys.readouterr().out
+    assert 'fold 0 is finished, 2 epochs' in capsys.readouterr().out
 
 
 def test_what_kills_leave_behind_is_cleared_up(undisturbed, tmp_path):
