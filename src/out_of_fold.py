@@ -68,7 +68,7 @@ def score(models: dict[int, CarvanaModel]) -> float:
         if constants.CLASSES == 1:
             why = 'as set' if config.THRESHOLD else 'tuned on these images'
             means = [dice[:, number].mean() for number in (chosen, thresholds.index(0.5))]
-            print(f'threshold {threshold}, {why}: mean Dice {means[0]:.4f} ({means[1]:.4f} at 0.5)')
+            print(f'threshold {threshold}: mean Dice {means[0]:.4f} ({means[1]:.4f} at 0.5), {why}')
         else:
             print_classes(counts[:, 0])
         draw(table, models, threshold)
