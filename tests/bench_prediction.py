@@ -65,8 +65,7 @@ def predict(files: list[Path], folder: Path, size: int) -> None:
         runner,
         data,
         folder / 'submission.csv',
-        lambda batch, n, mask: f'{batch["img"][n]},{masks.rle_encode(mask)}',
-        {},
+        lambda batch, n, mask: masks.rle_encode(mask),
     )
     writer.remove_parts()
 
