@@ -10,7 +10,7 @@ from pathlib import Path
 import config
 from augmentation import AUGMENTATIONS
 
-# Constants whose legal values are not simply those of their default's type.
+# What each constant may be: (test, description).
 POSITIVE = (lambda v: is_int(v) and v > 0), 'a whole number from 1 up'
 COUNT = (lambda v: is_int(v) and v >= 0), 'a whole number from 0 up'
 FLAG = (lambda v: isinstance(v, bool)), 'True or False'

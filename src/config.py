@@ -62,9 +62,7 @@ LR = 0.001  # of Adam
 EPOCHS = 7
 TRAIN_BATCH_SIZE = 4  # images per device
 VAL_BATCH_SIZE = 4
-ACCUMULATE_GRAD_BATCHES = (
-    64  # batches per optimizer step: 64 * 4 = 256 images of a Carvana fold's 4,070
-)
+ACCUMULATE_GRAD_BATCHES = 64  # batches per optimizer step: 256 of a Carvana fold's 4,070 images
 PRECISION = 16  # 16 (float16, CUDA only), 'bf16' or 32
 AUGMENTATION = 'original'  # any name in augmentation.AUGMENTATIONS: 'flip', 'strong', 'none', ...
 SEED = 42

@@ -24,7 +24,7 @@ class ImageFiles(Dataset):
         files: image files.
         inputs: what the models want to be fed, as (height, width, channels).
         masks, folds: mask file and fold of each image, or None.
-        classes, ignore_index: how the masks are read, see mask_files.read_mask.
+        classes, ignore_index: how the masks are read, see masks.read_mask.
     """
 
     def __init__(self, files, inputs, masks=None, folds=None, classes=1, ignore_index=None):

@@ -26,7 +26,7 @@ def score(models: dict[int, CarvanaModel]) -> float:
 
     Returns the threshold for the test images: THRESHOLD, or the best one found here.
     """
-    there = config.path(config.TRAIN_FOLDS).is_file()
+    there = tables.is_file(config.TRAIN_FOLDS)
     reason = no_score(models) if there else f'{config.TRAIN_FOLDS} is not there'
     if reason and there and config.PATH is None:
         raise config.UserMistake(

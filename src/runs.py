@@ -33,18 +33,16 @@ def alone(constant: str, seconds: float = 10):
     """
     folder = getattr(config, constant)
     with ExitStack() as stack:
-        try:
-            if rank_zero_only.rank == 0:
-                stack.enter_context(tables.locked(config.path(folder) / '.lock', seconds))
-        except Timeout:
-            raise config.UserMistake(
-                f'another {"training" if constant == "LOGS_PATH" else "test"} is running in {folder}: '
-                'wait for its end, or give this one a LOGS_PATH and an OUTPUT of its own'
-            ) from None
-        except OSError as error:
-            raise config.UserMistake(
-                f'{constant}={folder}: cannot be written ({error.strerror})'
-            ) from None
+        with tables.writing(f'{constant}={folder}'):
+            try:
+                if rank_zero_only.rank == 0:
+                    stack.enter_context(tables.locked(config.path(folder) / '.lock', seconds))
+            except Timeout:  # an OSError as well
+                what = 'training' if constant == 'LOGS_PATH' else 'test'
+                raise config.UserMistake(
+                    f'another {what} is running in {folder}: wait for its end, or give this one a '
+                    'LOGS_PATH and an OUTPUT of its own'
+                ) from None
         yield
 
 
@@ -116,9 +114,8 @@ def last_run(fold: int) -> dict | None:
         check_images(folder.name, fold, run['images'])
         (checkpoints,) = (v for k, v in run['callbacks'].items() if k.startswith('Best'))
         best = file.with_name(Path(checkpoints['best_model_path']).name)
-        if (
-            tidies and file.name != 'last.ckpt'
-        ):  # killed between the two: the best one is the last as well
+        if tidies and file.name != 'last.ckpt':
+            # Killed between the two: the best one is the last as well.
             with tables.whole(file.with_name('last.ckpt')) as temporary:
                 shutil.copyfile(file, temporary)
             file = file.with_name('last.ckpt')

@@ -13,6 +13,15 @@ MODELS = ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']  # columns of 
 
 
 @contextmanager
+def writing(what, remedy: str = ''):
+    """Turn an OSError into a config.UserMistake that says what cannot be written, and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise config.UserMistake(f'{what}: cannot be written ({error.strerror}){remedy}') from None
+
+
+@contextmanager
 def whole(file: Path):
     """A path beside `file` to write to: renamed to `file` after the block, removed if that failed."""
     temporary = file.with_name(f'{file.name}.tmp')  # one name: what a kill leaves is written over
@@ -39,23 +48,17 @@ def locked(file: Path, seconds: float = -1):
 @contextmanager
 def whole_text(file: Path):
     """Open a text file that appears whole or not at all."""
-    try:
-        with whole(file) as temporary, temporary.open('w', encoding='utf-8', newline='') as text:
-            yield text
-    except OSError as error:
-        raise config.UserMistake(f'{file}: cannot be written ({error.strerror})') from None
+    utf_8 = {'encoding': 'utf-8', 'newline': ''}
+    with writing(file), whole(file) as temporary, temporary.open('w', **utf_8) as text:
+        yield text
 
 
 def check_writable(constant: str) -> None:
     """Raise config.UserMistake where nothing can be written into a folder of config.py."""
     folder = config.path(getattr(config, constant))
-    try:
+    with writing(f'{constant}={folder}', ': set another folder'):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise config.UserMistake(
-            f'{constant}={folder}: cannot be written ({error.strerror}): set another folder'
-        ) from None
 
 
 def write_table(table: pd.DataFrame, file: Path) -> None:
