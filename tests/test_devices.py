@@ -70,9 +70,8 @@ def test_training_on_two_devices_and_the_death_of_one(uneven):
     (rank0,) = children(process.pid)
     (rank1,) = (pid for pid in children(rank0) if b'LOCAL_RANK=1' in environ(pid))
     os.kill(rank1, signal.SIGKILL)
-    start = time.monotonic()
     rest = process.communicate(timeout=60)[0]
-    assert time.monotonic() - start < 60 and process.returncode not in (0, None)
+    assert process.returncode not in (0, None)
     assert 'RESUME=True goes on' in rest and 'Traceback' not in rest
     time.sleep(3)
     assert not os.path.exists(f'/proc/{rank0}')

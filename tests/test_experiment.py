@@ -41,8 +41,7 @@ def test_the_table_has_a_row_for_each_precision_and_says_why_one_is_missing(expe
     rows = table.set_index('precision')
     for name in ('32', 'bf16'):
         row = rows.loc[name]
-        # 8 training images in batches of 4; medians over two seeds, each by itself.
-        assert row.images_per_second * row.step_ms / 1e3 == pytest.approx(4, rel=0.2)
+        assert row.images_per_second > 0 and row.step_ms > 0
         assert 100 < row.peak_memory_mb < 1e5 and 0 <= row.val_dice <= 1
         assert row.note.startswith('waited for data')  # a scaler is for 16 alone
         seeds = [float(word) for word in row.note.rpartition('seeds ')[2].split(', ')]
@@ -55,6 +54,8 @@ def test_the_table_has_a_row_for_each_precision_and_says_why_one_is_missing(expe
 def test_precisions_differ(experiment):
     command_line.override([*experiment_words(experiment), 'SEED=1'])
     first = test_precision.measure('32', 3)
+    # Both come from one clock: whatever it showed, 8 training images make batches of 4.
+    assert first['images_per_second'] * first['step_ms'] / 1e3 == pytest.approx(4)
     half = test_precision.measure('bf16', 3)
     assert half['val_dice'] != first['val_dice']
 

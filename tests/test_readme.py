@@ -1,10 +1,12 @@
 """README.md says what is so: its commands are run or checked, its tables compared with the code."""
 
 import ast
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import SRC, environment
@@ -59,23 +61,32 @@ def test_every_file_is_in_the_tree_and_every_loss_in_the_table():
     assert {name.strip() for name in names} == set(dice_loss.LOSSES)
 
 
+def test_the_environment_is_activated_before_the_first_bare_python():
+    blocks = '\n'.join(BLOCKS)
+    activation = blocks.index('\nsource .venv/bin/activate\n')
+    assert blocks.index('\npython ') > activation
+
+
 def test_the_example_of_ones_own_images_runs_as_it_stands(tmp_path):
-    """The two lines that make the images, and the three steps, from a copy of the project."""
-    shutil.copytree(SRC, tmp_path / 'src', ignore=shutil.ignore_patterns('__pycache__'))
+    """The two lines that make the images, and the three steps, from a copy of the project in a folder
+    with a space in its name, in an activated shell: one whose PATH begins with this interpreter's folder."""
+    project = tmp_path / 'my project'
+    shutil.copytree(SRC, project / 'src', ignore=shutil.ignore_patterns('__pycache__'))
     make, run = (block for block in BLOCKS if 'own/' in block)
     short = run.replace('FOLDS=[0]', 'FOLDS=[0] EPOCHS=1 MODEL_NAME=smp_fpn_resnet18')
+    activated = os.pathsep.join([os.path.dirname(sys.executable), os.environ['PATH']])
     result = subprocess.run(
         ['bash', '-ec', make + short],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
-        env=environment(),
+        cwd=project,
+        env={**environment(), 'PATH': activated},
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    assert len((tmp_path / 'output/train_folds.csv').read_text().split()) == 25
-    assert (tmp_path / 'output/oof_worst.png').is_file()
-    assert (tmp_path / 'output/model_fold0/config.json').is_file()
+    assert len((project / 'output/train_folds.csv').read_text().split()) == 25
+    assert (project / 'output/oof_worst.png').is_file()
+    assert (project / 'output/model_fold0/config.json').is_file()
 
 
 @pytest.mark.parametrize('link', re.findall(r'!\[.*?\]\((.*?)\)', TEXT))
