@@ -1,69 +1,61 @@
 """CarvanaModel: the network, its loss, its data and its scores, as a LightningModule."""
 
+import math
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-import cache
 import config
+import dataset
 import dice_loss
 import folds
 import metrics
 import model_dispatcher
-from dataset import CarvanaDataset, EpochSampler, collate
 
 
 class CarvanaModel(pl.LightningModule):
-    """A segmentation model of `config.MODEL_NAME`, trained on some folds and validated on others.
+    """A segmentation model of MODEL_NAME, trained on some folds and validated on others.
 
-    Every constant of config.py is kept in `hparams`, as plain types, and is read from there: a
-    checkpoint alone is enough to rebuild the model, whatever config.py says by then.
+    All constants of config.py are saved in `hparams`, as plain types, and read from there. So a
+    checkpoint alone rebuilds the model, whatever config.py says by then.
 
     Args:
         train_folds, val_folds: values of kfold in TRAIN_FOLDS.
-        pretrained: whether to give the encoder ENCODER_WEIGHTS; a checkpoint brings its own.
-        constants: values to take in place of config.py's: those of a checkpoint.
+        pretrained: whether to load ENCODER_WEIGHTS; a checkpoint brings its own weights.
+        constants: values that replace config.py's: those of a checkpoint.
     """
 
     def __init__(self, train_folds, val_folds, pretrained: bool = True, **constants):
         super().__init__()
-        self.save_hyperparameters(
-            {
-                'train_folds': list(train_folds),
-                'val_folds': list(val_folds),
-                'pretrained': False,
-                **config.constants(),
-                **constants,
-            }
-        )
-        constants = self.hparams
+        hparams = {'train_folds': list(train_folds), 'val_folds': list(val_folds)}
+        self.save_hyperparameters(hparams | {'pretrained': False} | config.constants() | constants)
         self.model = model_dispatcher.build_model(
-            constants.MODEL_NAME,
-            weights=constants.ENCODER_WEIGHTS if pretrained else None,
-            channels=constants.CHANNELS,
-            classes=constants.CLASSES,
+            self.hparams.MODEL_NAME,
+            weights=self.hparams.ENCODER_WEIGHTS if pretrained else None,
+            channels=self.hparams.CHANNELS,
+            classes=self.hparams.CLASSES,
         )
         self.model.to(memory_format=torch.channels_last)
-        if constants.COMPILE:
+        if self.hparams.COMPILE:
             self.model.compile()
         self.loss = dice_loss.build_loss(
-            constants.LOSS,
-            classes=constants.CLASSES,
-            ignore_index=constants.IGNORE_INDEX,
-            **constants.LOSS_ARGS,
+            self.hparams.LOSS,
+            classes=self.hparams.CLASSES,
+            ignore_index=self.hparams.IGNORE_INDEX,
+            **self.hparams.LOSS_ARGS,
         )
         self.scores = metrics.Scores()
         for name in ('MODEL_MEAN', 'MODEL_STD'):
-            values = 255 * torch.tensor(constants[name]).reshape(1, -1, 1, 1)
+            values = 255 * torch.tensor(self.hparams[name]).reshape(1, -1, 1, 1)
             self.register_buffer(name, values, persistent=False)
-        self.unchecked = []
-        self.images = None  # folds.digests of what it was trained and validated on
+        self.recent_losses = []  # (loss, image names) of the batches not checked yet
+        self.image_digests = None  # folds.digests of the images it was trained and validated on
 
     @property
-    def input_form(self) -> tuple[int, int, int]:
-        """(height, width, channels) of the images that the model was trained on."""
+    def input_size(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the images that the model is trained on."""
         return *config.pair(self.hparams.CROP_SIZE), self.hparams.CHANNELS
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -71,57 +63,68 @@ class CarvanaModel(pl.LightningModule):
         images = (images.float() - self.MODEL_MEAN) / self.MODEL_STD
         return self.model(images.contiguous(memory_format=torch.channels_last))
 
+    # ------------------------------------------------------------ training
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        # Fused on every device: a run may be resumed on another one.
+        return torch.optim.Adam(self.parameters(), lr=self.hparams.LR, fused=True)
+
+    def on_fit_start(self) -> None:
+        self.image_digests = folds.digests(self.hparams.val_folds[0])
+
+    def on_train_epoch_start(self) -> None:
+        self.log('lr', self.optimizers().param_groups[0]['lr'], sync_dist=True)
+
+    def on_train_batch_start(self, batch: dict, batch_index: int) -> None:
+        # Seed dropout by the epoch, so that a resumed run repeats it. Later than Lightning's own
+        # draws at the start of an epoch, which differ in a resumed run.
+        if batch_index == 0:
+            torch.manual_seed(self.hparams.SEED + 1000 * self.current_epoch + self.global_rank)
+
     def training_step(self, batch: dict, batch_index: int) -> torch.Tensor:
         loss = self.loss(self(batch['image']), batch['mask'])
-        means = {'on_step': False, 'on_epoch': True, 'sync_dist': True}
-        self.log('train_loss', loss, batch_size=len(batch['img']), **means)
-        self.unchecked.append((loss.detach(), batch['img']))
-        if len(self.unchecked) == self.trainer.log_every_n_steps:
+        size = len(batch['img'])
+        self.log('train_loss', loss, batch_size=size, on_step=False, on_epoch=True, sync_dist=True)
+        self.recent_losses.append((loss.detach(), batch['img']))
+        if len(self.recent_losses) == self.trainer.log_every_n_steps:
             self.check_losses()
-        # Lightning divides each loss by accumulate_grad_batches, also in an epoch's last window,
-        # which may hold fewer batches.
+        # The last accumulation window of an epoch can be shorter, but Lightning still divides by
+        # the full length. Scale the loss up to correct it.
         window, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
         short = batches % window
         return loss * (window / short) if batch_index >= batches - short else loss
 
     def check_losses(self) -> None:
-        """Stop at a loss that is not finite; asked now and then, as each look waits for the device.
+        """Raise config.UserMistake for a loss that is not finite.
 
-        The scaler's ordinary skipped step has a finite loss: only its gradients overflow.
+        It looks at several batches at a time, because each look waits for the device. A step that
+        the GradScaler skips has a finite loss and is not reported here.
         """
-        if not self.unchecked:
+        if not self.recent_losses:
             return
-        losses, names = zip(*self.unchecked)
-        self.unchecked = []
+        losses, names = zip(*self.recent_losses)
+        self.recent_losses = []
         for loss, batch in zip(torch.stack(losses).tolist(), names):
-            if not -float('inf') < loss < float('inf'):
+            if not math.isfinite(loss):
                 advice = f'a lower LR than {self.hparams.LR}'
                 if self.trainer.precision == '16-mixed':
                     advice = f"PRECISION='bf16' (or 32) in place of 16, or {advice}"
                 raise config.UserMistake(
-                    f'the loss is {loss} in epoch {self.current_epoch} at the images '
-                    f'{", ".join(batch)}: try {advice}. The last good checkpoint stays'
+                    f'the loss is {loss} in epoch {self.current_epoch + 1} at the images '
+                    f'{", ".join(batch)}: try {advice}. The last good checkpoint is kept'
                 )
 
-    def on_train_batch_start(self, batch: dict, batch_index: int) -> None:
-        # Dropout then is a function of the epoch as well: a resumed run repeats it. Not earlier, as
-        # the start of an epoch draws from the same generator, a resumed one's in another place.
-        if batch_index == 0:
-            torch.manual_seed(self.hparams.SEED + 1000 * self.current_epoch + self.global_rank)
-
-    def on_train_epoch_start(self) -> None:
-        self.log('lr', self.optimizers().param_groups[0]['lr'], sync_dist=True)
-
+    # ------------------------------------------------------------ validation
     def on_validation_start(self) -> None:
         self.check_losses()
         if self.trainer.world_size > 1:
-            # Batch normalisation's averages are each rank's own; checkpoints hold those of rank 0.
+            # Each rank has its own batch norm averages; checkpoints hold those of rank 0.
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         names = self.trainer.val_dataloaders.dataset.names
         self.row = {name: row for row, name in enumerate(names)}
 
     def validation_step(self, batch: dict, batch_index: int) -> torch.Tensor:
+        """Returns the predicted class indices, uint8 (N, H, W)."""
         logits = self(batch['image'])
         prediction = metrics.decide(metrics.activate(logits))
         counts = metrics.count(
@@ -135,64 +138,62 @@ class CarvanaModel(pl.LightningModule):
         self.log_dict(self.scores.compute(), sync_dist=True)
         self.scores.reset()
 
-    def on_fit_start(self) -> None:
-        self.images = folds.digests(self.hparams.val_folds[0])
-
+    # ------------------------------------------------------------ checkpoints
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint['images'] = self.images
+        checkpoint['image_digests'] = self.image_digests
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.images = checkpoint.get('images')
+        self.image_digests = checkpoint.get('image_digests')
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        # Fused on every device: a run may go on on another one, and brings this setting along.
-        return torch.optim.Adam(self.parameters(), lr=self.hparams.LR, fused=True)
+    def export(self, folder: Path, threshold: float) -> None:
+        """Write the network for segmentation_models_pytorch.from_pretrained.
 
-    def hand_on(self, folder: Path, threshold: float) -> None:
-        """Write the network into a folder for segmentation_models_pytorch.from_pretrained, with what
-        its user must know in config.json: `_mean` and `_std` of images scaled to 0..1, ..."""
+        Its config.json also says how to use it: `_mean` and `_std` (of images scaled to 0..1),
+        `_input_size`, `_classes`, `_threshold`.
+        """
         facts = {
             'mean': self.hparams.MODEL_MEAN,
             'std': self.hparams.MODEL_STD,
-            'input_size': self.input_form[:2],
+            'input_size': self.input_size[:2],
             'classes': self.hparams.CLASSES,
             'threshold': threshold,
         }
         model_dispatcher.export(self.model, folder, facts)
 
+    # ------------------------------------------------------------ data
     def prepare_data(self) -> None:
-        """Once per machine, before the workers start: build the cache."""
+        """Build the cache, once per machine, before the workers start."""
         if self.hparams.CACHE:
-            cache.open_cache()
+            dataset.open_cache()
 
     def train_dataloader(self) -> DataLoader:
-        data = CarvanaDataset(self.hparams.train_folds, train=True)
+        data = dataset.CarvanaDataset(self.hparams.train_folds, train=True)
         batch_size = self.hparams.TRAIN_BATCH_SIZE
-        sampler = EpochSampler(data, *self.ranks(), shuffle=True, seed=self.hparams.SEED)
+        sampler = dataset.EpochSampler(data, *self.ranks(), shuffle=True, seed=self.hparams.SEED)
         if self._trainer:
-            # Workers are sent the first items before Lightning tells a resumed run's epoch.
+            # Workers prefetch the first items before Lightning sets a resumed run's epoch.
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
-        # A last batch of one image gives batch normalisation nothing to average over.
-        lonely = batch_size > 1 and len(sampler) % batch_size == 1
-        return self.loader(data, batch_size, sampler, drop_last=lonely)
+        # Batch norm cannot average over a last batch of one image.
+        drop_last = batch_size > 1 and len(sampler) % batch_size == 1
+        return self.build_loader(data, batch_size, sampler, drop_last)
 
     def val_dataloader(self) -> DataLoader:
-        data = CarvanaDataset(self.hparams.val_folds, train=False)
+        data = dataset.CarvanaDataset(self.hparams.val_folds, train=False)
         sampler = DistributedSampler(data, *self.ranks(), shuffle=False)
-        return self.loader(data, self.hparams.VAL_BATCH_SIZE, sampler)
+        return self.build_loader(data, self.hparams.VAL_BATCH_SIZE, sampler)
 
     def ranks(self) -> tuple[int, int]:
-        """(number of processes, this one's place); (1, 0) outside a Trainer."""
+        """(number of processes, this one's rank); (1, 0) without a Trainer."""
         return (self.trainer.world_size, self.trainer.global_rank) if self._trainer else (1, 0)
 
-    def loader(self, data, batch_size, sampler, drop_last=False) -> DataLoader:
+    def build_loader(self, data, batch_size, sampler, drop_last=False) -> DataLoader:
         workers = self.hparams.NUM_WORKERS
         return DataLoader(
             data,
             batch_size,
             sampler=sampler,
             drop_last=drop_last,
-            collate_fn=collate,
+            collate_fn=dataset.collate,
             num_workers=workers,
             pin_memory=self.device.type == 'cuda',
             persistent_workers=workers > 0,

@@ -1,4 +1,4 @@
-"""Step 2: train one model per fold of FOLDS, each in a process of its own.
+"""Step 2: train one model per fold of FOLDS.
 
 Reads   TRAIN_FOLDS, TRAIN_PATH, MASK_PATH (IMAGE_SUFFIX, MASK_SUFFIX); ENCODER_WEIGHTS.
 Writes  LOGS_PATH/version_#/ for each fold: checkpoints (best by val_dice, and last.ckpt),
@@ -8,85 +8,227 @@ Writes  LOGS_PATH/version_#/ for each fold: checkpoints (best by val_dice, and l
 The model is MODEL_NAME on images of CROP_SIZE (CHANNELS, CLASSES, IGNORE_INDEX, MODEL_MEAN,
 MODEL_STD, AUGMENTATION), trained by Adam at LR on LOSS (LOSS_ARGS) for EPOCHS, with
 TRAIN_BATCH_SIZE, VAL_BATCH_SIZE, ACCUMULATE_GRAD_BATCHES, PRECISION, SEED, NUM_WORKERS, COMPILE, on
-ACCELERATOR, DEVICES, NUM_NODES, STRATEGY. RESUME goes on where the last run stopped.
+ACCELERATOR, DEVICES, NUM_NODES, STRATEGY. RESUME goes on where the last run stopped. Several folds
+are trained one after the other, each in its own process.
 
     python Lightning_trainer.py
     python Lightning_trainer.py FOLDS=[0] EPOCHS=1 CROP_SIZE=256
 """
 
-import config
-
-if __name__ == '__main__':
-    import command_line
-
-    command_line.start(__doc__)
-
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.profilers import SimpleProfiler
+from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+import callbacks
+import command_line
+import config
+import dataset
+import files
+import folds
+import model_dispatcher
+import plots
+import runtime
+from Lightning_module import CarvanaModel
 
 
 def main() -> None:
-    if 'TRAINS_ONE_FOLD' in os.environ:
-        import fold_trainer  # and with it torch, which this process needs not
-
-        fold_trainer.train_fold(config.FOLDS[0])
-    else:
-        train_all()
-
-
-def train_all() -> None:
-    """Train each fold by this script in a new process, so that nothing of one reaches the next."""
-    import folds
-    import tables
-
-    start = time.monotonic()
     folds.check_up_to_date()
-    tables.check_writable('OUTPUT')
-    for fold in config.FOLDS:
-        words = [word for word in sys.argv[1:] if not word.startswith('FOLDS=')]
-        command = [sys.executable, __file__, *words, f'FOLDS=[{fold}]']
-        child = subprocess.Popen(command, env=environment(fold))
-        # Ctrl-C reaches the child by itself; SIGTERM is sent to one process and passed on here.
-        signal.signal(signal.SIGTERM, lambda *_, child=child: child.terminate())
-        try:
-            status = child.wait()
-        except KeyboardInterrupt:
-            status = child.wait()
-        if status < 0 and status != -signal.SIGINT:
-            hint = ' (often: no main memory left)' * (status == -signal.SIGKILL)
-            print(
-                f'fold {fold}: its process was ended by {signal.Signals(-status).name}{hint}; '
-                'RESUME=True goes on after its last finished epoch',
-                file=sys.stderr,
-            )
-        if status:
-            sys.exit(status if status > 0 else 128 - status)
-    if len(config.FOLDS) == 1 or int(os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or 0):
+    for folder in (config.OUTPUT, config.LOGS_PATH):
+        files.check_writable(config.path(folder))
+    if len(config.FOLDS) == 1:
+        train_fold(config.FOLDS[0])
         return
-    models = tables.read_models()
+    ranks = int(os.environ.get('WORLD_SIZE') or os.environ.get('SLURM_NTASKS') or 1)
+    if ranks > 1:
+        raise config.UserMistake(
+            f'FOLDS={config.FOLDS}: one launch of torchrun or srun trains one fold: start one per fold, '
+            'with FOLDS=[0], FOLDS=[1], ...'
+        )
+    start = time.monotonic()
+    for fold in config.FOLDS:
+        train_in_new_process(fold)
+    models = files.read_models()
     models = models[models.fold.isin(config.FOLDS)]
     print(models.to_string(index=False))
     print(
         f'val_dice {models.val_dice.mean():.4f} +- {models.val_dice.std(ddof=0):.4f} over '
         f'{len(models)} folds at CROP_SIZE, {(time.monotonic() - start) / 60:.1f} minutes, '
-        f'{tables.relative(tables.models_file())}'
+        f'{files.relative(files.models_file())}'
     )
 
 
-def environment(fold: int) -> dict:
-    """Of a fold's process. Where torchrun or SLURM has started several of this script, each fold's
-    processes meet at a port of their own: those of the last fold may not all have left theirs."""
-    own = {**os.environ, 'TRAINS_ONE_FOLD': 'yes'}
-    if 'MASTER_PORT' in own:
-        own['MASTER_PORT'] = str(int(own['MASTER_PORT']) + 1 + fold)
-        own['TORCHELASTIC_USE_AGENT_STORE'] = 'False'  # which is at the port that it was given
-    elif int(own.get('SLURM_NTASKS') or 1) > 1:
-        own['MASTER_PORT'] = str(15000 + 100 * (int(own['SLURM_JOB_ID']) % 100) + fold)
-    return own
+def train_in_new_process(fold: int) -> None:
+    """Train a fold by this script in a process that gets all constants as they are now."""
+    process = subprocess.Popen([sys.executable, __file__, *command_line.as_arguments(FOLDS=[fold])])
+    # Ctrl-C reaches the child by itself. SIGTERM is sent to this process alone.
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        status = process.wait()
+    if status < 0 and status != -signal.SIGINT:
+        hint = ' (often: out of main memory)' * (status == -signal.SIGKILL)
+        print(
+            f'fold {fold}: its process was ended by {signal.Signals(-status).name}{hint}; RESUME=True '
+            'goes on after its last finished epoch',
+            file=sys.stderr,
+        )
+    if status:
+        sys.exit(status if status > 0 else 128 - status)
+
+
+def train_fold(fold: int) -> None:
+    """Train a fold's model on all other folds and enter it into models.csv; RESUME goes on."""
+    runtime.hide_warnings()
+    logs = config.path(config.LOGS_PATH)
+    busy = (
+        f'fold {fold} is being trained in {logs} already: wait, or set another LOGS_PATH and OUTPUT'
+    )
+    rank_zero = rank_zero_only.rank == 0
+    with files.file_lock(logs / f'.fold{fold}.lock', busy) if rank_zero else nullcontext():
+        run = callbacks.find_run(fold) if config.RESUME else None
+        if run is None or len(run.history) < config.EPOCHS:
+            fit(fold, run)
+        elif rank_zero:
+            draw_curves(fold, run.folder, run.history)
+            files.enter_model(fold, run.folder, run.best, run.history)
+            print(f'fold {fold} is finished, {config.EPOCHS} epochs: {files.relative(run.folder)}')
+
+
+def fit(fold: int, run: callbacks.Run | None) -> None:
+    """Train a fold from the start, or from the newest checkpoint of an earlier run."""
+    start = time.monotonic()
+    table = folds.read_folds()
+    pl.seed_everything(config.SEED + fold, workers=True, verbose=False)
+    others = [other for other in range(config.N_FOLDS) if other != fold]
+    model = CarvanaModel(others, [fold], pretrained=run is None)
+    dataset.build_augmentation(config.AUGMENTATION, config.CHANNELS)  # a wrong name is told now
+    model_dispatcher.try_out(
+        model.model, config.MODEL_NAME, config.TRAIN_BATCH_SIZE, config.INPUT_SHAPE
+    )
+    trainer, log = make_trainer(fold, run)
+    per_device = math.ceil((table.kfold != fold).sum() / trainer.world_size)
+    if per_device < config.TRAIN_BATCH_SIZE:
+        raise config.UserMistake(
+            f'TRAIN_BATCH_SIZE={config.TRAIN_BATCH_SIZE} is more than the {per_device} training images '
+            f'that fold {fold} has per device: set at most {per_device}'
+        )
+    if trainer.is_global_zero:
+        print_start(fold, table, model, trainer)
+        if run:
+            print(f'resumes   after epoch {len(run.history)} of {config.EPOCHS}', flush=True)
+    checkpoint = run.checkpoint if run else None
+    try:
+        with runtime.explain_errors():
+            trainer.fit(model, ckpt_path=checkpoint, weights_only=True)
+    except SIGTERMException:  # Lightning would end this process with status 0
+        sys.exit(128 + signal.SIGTERM)
+    if trainer.is_global_zero:
+        finish(fold, trainer, log.history, time.monotonic() - start)
+
+
+def make_trainer(fold: int, run: callbacks.Run | None) -> tuple[pl.Trainer, callbacks.EpochLog]:
+    """Lightning's Trainer for a fold, logging into a new version folder, or into the run's."""
+    torch.set_float32_matmul_precision('high')  # TF32 on the GPUs that have it
+    folder = run.folder if run else callbacks.new_version_folder()
+    log, bars = callbacks.EpochLog(fold), callbacks.progress_bars()
+    plugins = [callbacks.AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():
+        # Lightning's requeue would resume from a checkpoint that no check of ours has seen.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    trainer = runtime.trainer(
+        max_epochs=config.EPOCHS,
+        accumulate_grad_batches=config.ACCUMULATE_GRAD_BATCHES,
+        callbacks=[
+            callbacks.BestCheckpoint(),
+            callbacks.last_checkpoint(),
+            log,
+            callbacks.PredictionImages(),
+            *bars,
+        ],
+        plugins=plugins,
+        enable_progress_bar=bool(bars),
+        logger=TensorBoardLogger(
+            folder.parent, name='', version=folder.name, default_hp_metric=False
+        ),
+        default_root_dir=folder,
+        profiler=SimpleProfiler(),
+        benchmark=True,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+    )
+    return trainer, log
+
+
+def print_start(fold: int, table: pd.DataFrame, model: CarvanaModel, trainer: pl.Trainer) -> None:
+    """Print what is about to be trained, on what, and how."""
+    held_out = table.kfold == fold
+    batches = math.ceil((~held_out).sum() / (config.TRAIN_BATCH_SIZE * trainer.world_size))
+    steps = math.ceil(batches / config.ACCUMULATE_GRAD_BATCHES)
+    parameters = sum(p.numel() for p in model.model.parameters())
+    name, reason = runtime.precision()
+    groups = table.group.nunique() != len(table)
+    trained, validated = (
+        f'{rows.sum()} images' + (f' of {table.group[rows].nunique()} groups' if groups else '')
+        for rows in (~held_out, held_out)
+    )
+    lines = {
+        'fold': f'{fold}: trains on {trained}, validates on {validated}',
+        'model': f'{config.MODEL_NAME}, {parameters / 1e6:.1f} M parameters, encoder weights '
+        f'{config.ENCODER_WEIGHTS}, input {tuple(config.INPUT_SHAPE)}',
+        'training': f'{config.LOSS}, Adam at {config.LR}, {config.EPOCHS} epochs of {batches} batches '
+        f'of {config.TRAIN_BATCH_SIZE} and {steps} optimizer steps',
+        'device': f'{runtime.device_name(trainer)}, {config.NUM_WORKERS} workers',
+        'precision': f'{name}: {reason}',
+        'logs': files.relative(Path(trainer.logger.log_dir)),
+    }
+    print('\n'.join(f'{key:10s}{value}' for key, value in lines.items()), flush=True)
+    if steps < 10 and config.ACCUMULATE_GRAD_BATCHES > 1:
+        fitting = max(1, batches // 10)
+        print(
+            f'warning   only {steps} optimizer step{"s" * (steps > 1)} per epoch: '
+            f'ACCUMULATE_GRAD_BATCHES={config.ACCUMULATE_GRAD_BATCHES} is made for thousands of images; '
+            f'ACCUMULATE_GRAD_BATCHES={fitting} gives {math.ceil(batches / fitting)}',
+            flush=True,
+        )
+
+
+def finish(fold: int, trainer: pl.Trainer, history: list[dict], seconds: float) -> None:
+    """Write curves, profile and models.csv; print the best score and where things are."""
+    folder = Path(trainer.logger.log_dir)
+    (folder / 'profile.txt').write_text(trainer.profiler.summary())
+    draw_curves(fold, folder, history)
+    checkpoint = Path(trainer.checkpoint_callback.best_model_path)
+    best = files.enter_model(fold, folder, checkpoint, history)
+    share = runtime.data_wait_share(trainer.profiler.recorded_durations)
+    print(
+        f'fold {fold}: best val_dice {best["val_dice"]:.4f} in epoch {best["epoch"] + 1}, '
+        f'{seconds / 60:.1f} minutes, peak memory {runtime.peak_memory_mb():.0f} MB, '
+        f'{files.relative(checkpoint)}\n'
+        f'the {trainer.strategy.root_device.type} waited for data in {share:.0%} of the time'
+        f'{runtime.faster_input(share)}',
+        flush=True,
+    )
+
+
+def draw_curves(fold: int, folder: Path, history: list[dict]) -> None:
+    title = f'fold {fold}: {config.MODEL_NAME}, {config.LOSS}'
+    plots.save(plots.curves(pd.DataFrame(history), title), folder / 'curves.png')
 
 
 if __name__ == '__main__':
-    command_line.run(main)
+    command_line.run(main, __doc__)

@@ -1,22 +1,35 @@
-"""What people see of a training while it runs: a line per epoch, a bar, pictures in TensorBoard."""
+"""What a training prints and keeps: lines, bar, pictures; checkpoints, and finding them again."""
 
+import io
+import os
+import shutil
 import sys
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+import pandas as pd
+import torch
+import yaml
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+import config
+import files
+import folds
 import plots
 
 
 def progress_bars() -> list[Callback]:
-    """Lightning's progress bar where somebody watches."""
+    """Lightning's progress bar, if standard output is a terminal."""
     return [ProgressBar()] if sys.stdout.isatty() else []
 
 
 class ProgressBar(TQDMProgressBar):
-    """Counts epochs from 1, and is gone when its loop is over."""
+    """Counts epochs from 1, and disappears when its loop is over."""
 
     def init_train_tqdm(self):
         bar = super().init_train_tqdm()
@@ -33,14 +46,14 @@ class ProgressBar(TQDMProgressBar):
         self.train_progress_bar.set_description(f'epoch {trainer.current_epoch + 1}')
 
     def get_metrics(self, trainer, module) -> dict:
-        return {}  # the line of each epoch has them
+        return {}  # EpochLog prints them
 
 
-class EpochLines(Callback):
-    """Prints one aligned line per epoch: losses, scores at CROP_SIZE, seconds.
+class EpochLog(Callback):
+    """Prints one line per epoch, and writes metrics.csv: one row per epoch.
 
-    `history` has a dictionary of all logged values per epoch; it is part of every checkpoint, so a
-    resumed run has that of the epochs before, whatever became of metrics.csv.
+    `history` is a list with a dictionary of all logged values per epoch. It is saved in every
+    checkpoint, so a resumed run has the epochs before it.
     """
 
     def __init__(self, fold: int):
@@ -55,6 +68,21 @@ class EpochLines(Callback):
     def on_train_epoch_start(self, trainer, module) -> None:
         self.start = time.monotonic()
 
+    def on_train_epoch_end(self, trainer, module) -> None:
+        values = {'epoch': trainer.current_epoch, 'step': trainer.global_step}
+        values |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.history.append(values)
+        if not trainer.is_global_zero:
+            return
+        files.write_table(pd.DataFrame(self.history), Path(trainer.logger.log_dir) / 'metrics.csv')
+        shown = ('train_loss', 'val_loss', 'val_dice', 'val_iou', 'val_iou_dataset')
+        scores = '  '.join(f'{name} {values[name]:.4f}' for name in shown if name in values)
+        epoch = f'{trainer.current_epoch + 1:3d}/{trainer.max_epochs}'
+        seconds = time.monotonic() - self.start
+        line = f'fold {self.fold}  epoch {epoch}  {scores}  {seconds:6.1f} s'
+        bar = trainer.progress_bar_callback
+        bar.print(line) if bar else print(line, flush=True)
+
     def on_exception(self, trainer, module, exception) -> None:
         stopped = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
         if stopped and trainer.is_global_zero:
@@ -62,22 +90,9 @@ class EpochLines(Callback):
             best = 'before its first epoch ended' if score is None else f'at val_dice {score:.4f}'
             print(f'fold {self.fold} was stopped {best}; RESUME=True goes on from here', flush=True)
 
-    def on_train_epoch_end(self, trainer, module) -> None:
-        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        values |= {'epoch': trainer.current_epoch, 'step': trainer.global_step - 1}
-        self.history.append(values)
-        if trainer.is_global_zero:
-            shown = ('train_loss', 'val_loss', 'val_dice', 'val_iou', 'val_iou_dataset')
-            scores = '  '.join(f'{name} {values[name]:.4f}' for name in shown if name in values)
-            epoch = f'{trainer.current_epoch + 1:3d}/{trainer.max_epochs}'
-            seconds = time.monotonic() - self.start
-            line = f'fold {self.fold}  epoch {epoch}  {scores}  {seconds:6.1f} s'
-            bar = trainer.progress_bar_callback
-            bar.print(line) if bar else print(line, flush=True)
 
-
-class Overlays(Callback):
-    """Shows TensorBoard the first validation images after each epoch: truth left, prediction right."""
+class PredictionImages(Callback):
+    """Logs the first validation images of each epoch to TensorBoard: truth left, prediction right."""
 
     def on_validation_batch_end(
         self, trainer, module, outputs, batch, batch_index, loader=0
@@ -92,4 +107,152 @@ class Overlays(Callback):
             rows.append(np.concatenate(panels, 1))
         trainer.logger.experiment.add_image(
             'truth and prediction', np.concatenate(rows), trainer.current_epoch, dataformats='HWC'
+        )
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints beside their place and renames them.
+
+    Lightning's own are moved from the system's temporary folder, which on another disk is a copy
+    that a kill can cut short.
+    """
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        content = io.BytesIO()  # torch.save to a full disk raises RuntimeError, not OSError
+        torch.save(checkpoint, content)
+        with files.atomic_write(Path(path)) as temporary:
+            temporary.write_bytes(content.getbuffer())
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the checkpoint with the best val_dice. Its folder may be moved between two runs."""
+
+    def __init__(self):
+        super().__init__(
+            filename='{epoch}-{val_dice:.4f}',
+            monitor='val_dice',
+            mode='max',
+            save_on_train_epoch_end=True,
+        )
+
+    def load_state_dict(self, state: dict) -> None:
+        def here(file: str) -> str:
+            return os.path.join(self.dirpath, os.path.basename(file)) if file else file
+
+        paths = {key: here(state[key]) for key in state if key.endswith('model_path')}
+        best = {here(file): score for file, score in state['best_k_models'].items()}
+        super().load_state_dict({**state, **paths, 'dirpath': self.dirpath, 'best_k_models': best})
+
+
+def last_checkpoint() -> ModelCheckpoint:
+    """Writes last.ckpt after every epoch. `save_last` would do so after the best epochs alone."""
+    return ModelCheckpoint(
+        filename='last', enable_version_counter=False, save_on_train_epoch_end=True
+    )
+
+
+class Run(NamedTuple):
+    """What an earlier training of a fold left in its version folder."""
+
+    folder: Path
+    checkpoint: Path  # the newest
+    best: Path
+    history: list[dict]  # one dictionary of logged values per finished epoch
+
+
+def version_folders() -> list[Path]:
+    """LOGS_PATH/version_#, the oldest first."""
+    found = config.path(config.LOGS_PATH).glob('version_*')
+    numbers = {int(f.name[8:]): f for f in found if f.name[8:].isdigit()}
+    return [numbers[number] for number in sorted(numbers)]
+
+
+def new_version_folder() -> Path:
+    """Make the next LOGS_PATH/version_#. Folds that start side by side get one each."""
+    older = version_folders()
+    number = int(older[-1].name[8:]) + 1 if older else 0
+    while True:
+        folder = config.path(config.LOGS_PATH) / f'version_{number}'
+        if rank_zero_only.rank:
+            return folder  # only rank 0 writes, and Lightning broadcasts its paths
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def find_run(fold: int) -> Run | None:
+    """The newest run of a fold, to be resumed.
+
+    Rank 0 also removes what kills have left of this fold's runs: folders without a checkpoint, and
+    checkpoints that the newest one does not mention.
+
+    Raises:
+        config.UserMistake: if a checkpoint cannot be read, or the run was started with other
+            constants that change its result, or with other images in its folds.
+    """
+    tidy = rank_zero_only.rank == 0
+    for folder in reversed(version_folders()):
+        names = ('last.ckpt', 'epoch=*.ckpt')  # other files are the user's
+        found = [file for name in names for file in (folder / 'checkpoints').glob(name)]
+        states = {file: read_checkpoint(file) for file in sorted(found)}
+        states = {file: state for file, state in states.items() if state}
+        if not states:
+            if tidy and started_for(folder, fold):
+                shutil.rmtree(folder)
+            continue
+        newest = max(states, key=lambda file: (states[file]['epoch'], file.name == 'last.ckpt'))
+        state = states[newest]
+        if state['hyper_parameters']['val_folds'] != [fold]:
+            continue
+        check_resumable(folder, fold, state)
+        (best,) = (v for k, v in state['callbacks'].items() if k.startswith('BestCheckpoint'))
+        best = newest.with_name(Path(best['best_model_path']).name)
+        if tidy:
+            if newest.name != 'last.ckpt':  # killed between saving the two
+                with files.atomic_write(newest.with_name('last.ckpt')) as temporary:
+                    shutil.copyfile(newest, temporary)
+                newest = newest.with_name('last.ckpt')
+            for other in set(states) - {newest, best}:
+                other.unlink(missing_ok=True)
+        return Run(folder, newest, best, state['callbacks']['EpochLog']['history'])
+    return None
+
+
+def started_for(folder: Path, fold: int) -> bool:
+    """Whether a version folder was made by a training of this fold."""
+    hparams = folder / 'hparams.yaml'
+    return hparams.is_file() and yaml.safe_load(hparams.read_text()).get('val_folds') == [fold]
+
+
+def read_checkpoint(file: Path) -> dict | None:
+    """A checkpoint, its tensors mapped rather than read; None if rank 0 has removed it by now."""
+    try:
+        return torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a damaged file raises whatever pickle, zipfile and torch raise
+        raise config.UserMistake(
+            f'{files.relative(file)}: cannot be read ({config.shorten(error, 120)}): remove it to go '
+            f'on from an older checkpoint, or remove {file.parent.parent.name} to train anew'
+        ) from None
+
+
+def check_resumable(folder: Path, fold: int, state: dict) -> None:
+    """Raise config.UserMistake if a run was started with other constants or images."""
+    saved = state['hyper_parameters']
+    differ = config.differing_constants(saved, config.constants())
+    if saved['EPOCHS'] < config.EPOCHS:  # more epochs are fine
+        differ.remove('EPOCHS')
+    if differ:
+        was = ', '.join(f'{name}={saved[name]}' for name in differ)
+        raise config.UserMistake(
+            f'RESUME=True: {folder.name} was started with {was}: set the same (or more EPOCHS), or '
+            'RESUME=False to start anew'
+        )
+    if state['image_digests'] != folds.digests(fold):
+        raise config.UserMistake(
+            f'RESUME=True: {folder.name} was started with other images in its folds than '
+            f'{config.TRAIN_FOLDS} has now: put the older file back, or RESUME=False to start anew'
         )

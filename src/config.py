@@ -1,9 +1,10 @@
-"""Every constant of the project, to be edited here or given for one run as NAME=value words:
+"""Every constant of the project. Edit it here, or give it on the command line for one run:
 
     python Lightning_trainer.py EPOCHS=1 CROP_SIZE=256 MODEL_NAME=smp_fpn_resnet18
 
-Values are Python literals, else text. Relative paths start at the project's root. What is derived
-from a constant follows it: INPUT=/data moves TRAIN_PATH. command_line.py checks all of them.
+Values are Python literals, else strings. Relative paths start at the project root. A constant that
+is derived from another one follows it: INPUT=/data moves TRAIN_PATH. The annotations are read by
+command_line.py, which checks each value.
 """
 
 import difflib
@@ -11,87 +12,88 @@ import os
 from pathlib import Path
 
 
-def cores() -> int:
-    """CPU cores that this process may use, which in a container or a job are not all there are."""
+def cpu_count() -> int:
+    """CPU cores that this process may use. A container or a job may have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def pair(size) -> tuple:
-    """(height, width) of CROP_SIZE's kind: a side, or the two."""
+    """CROP_SIZE as (height, width): it may be one side of a square."""
     return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
 
 # ---------------------------------------------------------------- paths
-INPUT = 'input'  # only ever read: Kaggle mounts it read-only
-OUTPUT = 'output'  # tables, pictures and exported models
-LOGS_PATH = 'lightning_logs'  # one folder version_# per trained fold
+INPUT: str = 'input'  # never written to: Kaggle mounts it read-only
+OUTPUT: str = 'output'  # tables, pictures and exported models
+LOGS_PATH: str = 'lightning_logs'  # one folder version_# per trained fold
 
-TRAIN_PATH = f'{INPUT}/train_hq'
-MASK_PATH = f'{INPUT}/train_masks'
-TEST_PATH = f'{INPUT}/test_hq'  # no such folder: nothing is predicted
-TRAIN_CSV = f'{INPUT}/train_masks.csv'  # column img lists the images; absent or None: all there are
-TEST_CSV = f'{INPUT}/sample_submission.csv'  # column img orders the submission; may be absent
-TRAIN_FOLDS = f'{OUTPUT}/train_folds.csv'  # written by folds.py
+TRAIN_PATH: str = f'{INPUT}/train_hq'
+MASK_PATH: str = f'{INPUT}/train_masks'
+TEST_PATH: str = f'{INPUT}/test_hq'  # no such folder: nothing is predicted
+TRAIN_CSV: str | None = f'{INPUT}/train_masks.csv'  # column img; if absent or None: all images
+TEST_CSV: str | None = f'{INPUT}/sample_submission.csv'  # column img: order of the submission
+TRAIN_FOLDS: str = f'{OUTPUT}/train_folds.csv'  # written by folds.py
 
-IMAGE_SUFFIX = '.jpg'  # image file = name + IMAGE_SUFFIX
-MASK_SUFFIX = '_mask.gif'  # mask file = name + MASK_SUFFIX
+IMAGE_SUFFIX: str = '.jpg'  # image file = name + IMAGE_SUFFIX
+MASK_SUFFIX: str = '_mask.gif'  # mask file = name + MASK_SUFFIX
 
 # ---------------------------------------------------------------- image
-CROP_SIZE = 1024  # pixels every image is resized to: a side, or (height, width)
-CHANNELS = 3  # 3 = RGB, 1 = grey
-CLASSES = 1  # 1 = binary (sigmoid, masks 0/1), N = multi-class (softmax, masks 0..N-1)
-INPUT_SHAPE = (CHANNELS, *pair(CROP_SIZE))
-# Of ImageNet, per channel, for images scaled to 0..1.
-MODEL_MEAN = (0.485, 0.456, 0.406) if CHANNELS == 3 else (0.449,)
-MODEL_STD = (0.229, 0.224, 0.225) if CHANNELS == 3 else (0.226,)
-IGNORE_INDEX = None  # mask value that is neither trained on nor scored, e.g. 255
+CROP_SIZE: int | tuple = 1024  # pixels each image is resized to: a side, or (height, width)
+CHANNELS: int = 3  # 3 = RGB, 1 = grey
+CLASSES: int = 1  # 1 = binary (sigmoid, masks 0/1), N = multi-class (softmax, masks 0..N-1)
+INPUT_SHAPE: tuple = (CHANNELS, *pair(CROP_SIZE))  # follows from the two above
+# Per channel, for images scaled to 0..1; the defaults are ImageNet's.
+MODEL_MEAN: tuple = (0.485, 0.456, 0.406) if CHANNELS == 3 else (0.449,)
+MODEL_STD: tuple = (0.229, 0.224, 0.225) if CHANNELS == 3 else (0.226,)
+IGNORE_INDEX: int | None = None  # mask value that is neither trained on nor scored, e.g. 255
 
 # ---------------------------------------------------------------- folds
-N_FOLDS = 5
-GROUP_REGEX = r'^([0-9a-f]{12})_\d\d$'  # its (group) must stay together: the car; None = no groups
-FOLDS = [0, 1, 2, 3, 4]  # which folds to train and to test
+N_FOLDS: int = 5
+GROUP_REGEX: str | None = r'^([0-9a-f]{12})_\d\d$'  # its (group), here the car, is never split
+FOLDS: list = [0, 1, 2, 3, 4]  # folds to train and to test
 
 # ---------------------------------------------------------------- model
-MODEL_NAME = 'smp_unet_resnet34'  # smp_<decoder>_<encoder>; test_model.py --list
-ENCODER_WEIGHTS = 'imagenet'  # or None, or the path of a weights file
+MODEL_NAME: str = 'smp_unet_resnet34'  # smp_<decoder>_<encoder>; test_model.py --list
+ENCODER_WEIGHTS: str | None = 'imagenet'  # or None, or the path of a weights file
 
 # ---------------------------------------------------------------- training
-LOSS = 'IoULoss'  # any name in dice_loss.LOSSES
-LOSS_ARGS = {}  # its parameters, e.g. {'alpha': 0.5, 'beta': 0.5} for TverskyLoss
-LR = 0.001  # of Adam
-EPOCHS = 7
-TRAIN_BATCH_SIZE = 4  # images per device
-VAL_BATCH_SIZE = 4
-ACCUMULATE_GRAD_BATCHES = 64  # batches per optimizer step: 256 of a Carvana fold's 4,070 images
-PRECISION = 16  # 16 (float16, CUDA only), 'bf16' or 32
-AUGMENTATION = 'original'  # any name in augmentation.AUGMENTATIONS: 'flip', 'strong', 'none', ...
-SEED = 42
-# Processes that decode images, per device: as many as there are cores for this one, at most 8.
-NUM_WORKERS = min(8, cores())
-CACHE = False  # keep decoded, resized images under OUTPUT/cache: 4 MB each at 1024 pixels
-RESUME = False  # go on where the last run stopped
+LOSS: str = 'IoULoss'  # any name in dice_loss.LOSSES
+LOSS_ARGS: dict = {}  # its arguments, e.g. {'alpha': 0.5, 'beta': 0.5} for TverskyLoss
+LR: float = 0.001
+EPOCHS: int = 7
+TRAIN_BATCH_SIZE: int = 4  # images per device
+VAL_BATCH_SIZE: int = 4  # images per device, also in the tester
+ACCUMULATE_GRAD_BATCHES: int = (
+    64  # batches per optimizer step: 256 of a Carvana fold's 4,070 images
+)
+PRECISION: int | str = 16  # 16 (float16, needs CUDA), 'bf16' or 32
+AUGMENTATION: str = 'original'  # any name in dataset.AUGMENTATIONS
+SEED: int = 42
+NUM_WORKERS: int = min(8, cpu_count())  # processes per device that decode images
+CACHE: bool = False  # keep decoded, resized images under OUTPUT/cache: 4 MB each at 1024 pixels
+RESUME: bool = False  # go on where the last run stopped
 
 # ---------------------------------------------------------------- hardware
-ACCELERATOR = 'auto'  # 'auto', 'gpu', 'cpu', ... as Lightning's Trainer takes it
-DEVICES = 1  # per machine
-NUM_NODES = 1
-STRATEGY = 'auto'  # 'auto', 'ddp', ... as Lightning's Trainer takes it
-COMPILE = False  # torch.compile: minutes at the start, faster steps afterwards
+ACCELERATOR: str = 'auto'  # 'auto', 'gpu', 'cpu', ... as in Lightning's Trainer
+DEVICES: int | str = 1  # per machine
+NUM_NODES: int = 1
+STRATEGY: str = 'auto'  # 'auto', 'ddp', ... as in Lightning's Trainer
+COMPILE: bool = False  # torch.compile: minutes at the start, faster steps afterwards
 
 # ---------------------------------------------------------------- testing
-PATH = None  # a checkpoint; None = the best one of every trained fold (OUTPUT/models.csv)
-TTA = False  # average with the prediction for the mirrored image
-THRESHOLD = None  # probability above which a pixel is foreground; None = tuned out of fold
-SAVE_MASKS = False  # also write OUTPUT/test_masks/<img>.png
+PATH: str | None = None  # a checkpoint; None = the best one of every trained fold (models.csv)
+TTA: bool = False  # average with the prediction for the mirrored image
+THRESHOLD: float | None = None  # foreground above this probability; None = tuned out of fold
+SAVE_MASKS: bool = False  # also write OUTPUT/test_masks/<img>.png
 
 
 # ---------------------------------------------------------------- not to be edited
 class UserMistake(ValueError):
-    """Wrong input or settings: its one-line message says what to do; scripts end with status 1."""
+    """Wrong input or settings. Scripts print its message, one line, and end with status 1."""
 
 
 def path(name: str) -> Path:
-    """The file or folder `name`; a relative one starts at the project's root."""
+    """The file or folder `name`; a relative one starts at the project root."""
     return Path(__file__).resolve().parent.parent / Path(name).expanduser()
 
 
@@ -101,7 +103,7 @@ def crop_size() -> tuple[int, int]:
 
 
 def constants() -> dict:
-    """Name -> value of every constant, in plain types (lists for tuples), to be kept with a run."""
+    """Name -> value of every constant, in plain types: lists for tuples, as checkpoints want them."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in globals().items()
@@ -109,18 +111,29 @@ def constants() -> dict:
     }
 
 
-def in_short(error: Exception, length: int = 160) -> str:
-    """What another package's error says, in one line."""
+def differing_constants(saved: dict, other: dict) -> list[str]:
+    """Names of the constants that make two trainings differ: not paths, hardware or the tester's."""
+    neutral = {
+        'INPUT', 'OUTPUT', 'LOGS_PATH', 'TRAIN_PATH', 'MASK_PATH', 'TEST_PATH', 'TRAIN_CSV',
+        'TEST_CSV', 'TRAIN_FOLDS', 'PATH', 'ENCODER_WEIGHTS', 'FOLDS', 'NUM_WORKERS', 'CACHE', 'RESUME',
+        'ACCELERATOR', 'DEVICES', 'NUM_NODES', 'STRATEGY', 'COMPILE', 'VAL_BATCH_SIZE', 'TTA',
+        'THRESHOLD', 'SAVE_MASKS',
+    }  # fmt: skip
+    names = (set(constants()) & set(saved) & set(other)) - neutral
+    return sorted(name for name in names if saved[name] != other[name])
+
+
+def shorten(error: Exception, length: int = 160) -> str:
+    """Another package's error message in one line of about `length` characters."""
     text = ' '.join(str(error).split())
     if len(text) > length:
         return text[:length].rpartition('. ')[0] or f'{text[:length]}...'
     return text.rstrip('.') or type(error).__name__
 
 
-def nearest(name: str, names) -> str:
-    """'did you mean A or B? ' for a misspelt name; '' where no name is like it."""
+def did_you_mean(name: str, names) -> str:
+    """'did you mean A or B? ' for a misspelt name; '' if no legal name is similar."""
     lower = {known.lower(): known for known in names}
-    number = 1 if str(name).lower() in lower else 3  # the same but for capitals: no other is meant
+    number = 1 if str(name).lower() in lower else 3  # only the letter case differs: one answer
     close = difflib.get_close_matches(str(name).lower(), lower, number, 0.6)
-    close = [lower[key] for key in close]
-    return f'did you mean {" or ".join(close)}? ' if close else ''
+    return f'did you mean {" or ".join(lower[key] for key in close)}? ' if close else ''

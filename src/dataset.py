@@ -1,17 +1,106 @@
-"""CarvanaDataset: (image, mask) pairs of some folds.
+"""CarvanaDataset: augmented (image, mask) pairs of some folds; their sampler, batches and cache.
 
-Images stay 8 bit until they are on the device, where the module normalises them: a quarter of the
-bytes to copy, and no float arithmetic in the workers.
+Images stay 8-bit until they are on the device, where the module normalises them. This copies a
+quarter of the bytes and keeps float arithmetic out of the workers.
 """
 
+import copy
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # or its import asks a server for updates
+
+import albumentations as A
+import cv2
+import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler, default_collate
+from tqdm import tqdm
 
-import augmentation
-import cache
 import config
+import files
 import folds as fold_table
-import pairs
+import images
+import masks
+
+# The original's ShiftScaleRotate: one scale for both axes, a reflected border.
+SHIFT_SCALE_ROTATE = {
+    'translate_percent': {'x': (-0.0625, 0.0625), 'y': (-0.0625, 0.0625)},
+    'scale': (0.9, 1.1),
+    'keep_ratio': True,
+    'rotate': (-15, 15),
+    'border_mode': cv2.BORDER_REFLECT_101,
+    'p': 0.9,
+}
+# AUGMENTATION in config.py -> transforms, applied in turn after the resize.
+AUGMENTATIONS = {
+    'none': [],
+    'original': [A.Affine(**SHIFT_SCALE_ROTATE)],
+    'flip': [A.HorizontalFlip(p=0.5), A.Affine(**SHIFT_SCALE_ROTATE)],
+    # Other light, blur, noise, compression, occlusion: for images unlike the training set's.
+    'strong': [
+        A.HorizontalFlip(p=0.5),
+        A.Affine(**SHIFT_SCALE_ROTATE),
+        A.Perspective(scale=(0.02, 0.06), border_mode=cv2.BORDER_REFLECT_101, p=0.3),
+        A.RandomBrightnessContrast(brightness_limit=0.25, contrast_limit=0.25, p=0.5),
+        A.RandomGamma(gamma_limit=(75, 130), p=0.3),
+        A.HueSaturationValue(10, 25, 15, p=0.3),
+        A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.5), p=0.2),
+        A.GaussNoise(std_range=(0.01, 0.06), p=0.3),
+        A.ImageCompression(quality_range=(50, 95), p=0.2),
+        A.CoarseDropout(
+            num_holes_range=(1, 4),
+            hole_height_range=(0.04, 0.12),
+            hole_width_range=(0.04, 0.12),
+            fill='random_uniform',
+            p=0.3,
+        ),
+    ],
+}
+
+
+def build_augmentation(name: str, channels: int) -> A.Compose:
+    """The transforms of AUGMENTATIONS[name]; those of colour need 3 channels."""
+    if name not in AUGMENTATIONS:
+        raise config.UserMistake(
+            f'AUGMENTATION={name!r}: {config.did_you_mean(name, AUGMENTATIONS)}legal: '
+            f'{", ".join(AUGMENTATIONS)}'
+        )
+    transforms = copy.deepcopy(AUGMENTATIONS[name])  # each dataset seeds its own
+    return A.Compose(
+        [t for t in transforms if channels == 3 or not isinstance(t, A.HueSaturationValue)]
+    )
+
+
+def seed_augmentation(augment: A.Compose, text: str) -> None:
+    """Seed every transform from a text.
+
+    In albumentations 2.0.8 all workers would inherit the same generator. Its set_random_seed gives
+    all transforms one generator: those with the same p would be applied together or not at all.
+    """
+    for position, transform in enumerate(augment.transforms):
+        transform.set_random_seed(zlib.crc32(f'{text} {position}'.encode()))
+
+
+def read_pair(image_file: Path, mask_file: Path, size, channels, classes, ignore_index) -> tuple:
+    """An image, uint8 (H, W, channels), and its mask, uint8 (H, W), both resized to `size`."""
+    image = images.read_image(image_file, channels, size)
+    return image, masks.read_mask(mask_file, classes, ignore_index, size)
+
+
+def read_settings() -> dict:
+    """The constants that decide how pairs are read: keyword arguments of read_pair."""
+    return {
+        'size': config.crop_size(),
+        'channels': config.CHANNELS,
+        'classes': config.CLASSES,
+        'ignore_index': config.IGNORE_INDEX,
+    }
 
 
 class CarvanaDataset(Dataset):
@@ -19,26 +108,24 @@ class CarvanaDataset(Dataset):
 
     Items: {'image': uint8 (CHANNELS, H, W), 'mask': uint8 (H, W) of class indices, 'img': name}.
 
-    What an augmented item looks like is a function of (SEED, epoch, name) alone, whichever worker
-    makes it. The epoch is given by asking for `(epoch, index)`, as EpochSampler does; for a plain
-    index it is the number of times that the index has been asked for, counted in memory that all
-    workers share.
+    An augmented item depends on (SEED, epoch, name) alone, whichever worker makes it. Ask for
+    (epoch, index), as EpochSampler does, to give the epoch. For a plain index it is the number of
+    times that this index was asked for, counted in memory that all workers share.
 
     Args:
-        folds: the values of kfold to take.
-        train: whether to augment; None: where more than one fold is asked for.
+        folds: values of kfold in TRAIN_FOLDS.
+        train: whether to augment; None: if there is more than one fold.
     """
 
     def __init__(self, folds: list[int], train: bool | None = None):
         self.names = fold_table.read_folds(folds).img.tolist()
-        # Kept here, as a worker that is spawned rather than forked has config.py's own values.
-        self.files = {name: pairs.files_of(name) for name in self.names}
-        self.seed, self.form = config.SEED, pairs.form()
-        self.augment = None
-        if len(folds) > 1 if train is None else train:
-            self.augment = augmentation.build(config.AUGMENTATION, config.CHANNELS)
+        # Kept here: a spawned worker imports config.py anew, without command line arguments.
+        self.files = {name: fold_table.files_of(name) for name in self.names}
+        self.seed, self.settings = config.SEED, read_settings()
+        augmentation = build_augmentation(config.AUGMENTATION, config.CHANNELS)
+        self.augment = augmentation if (len(folds) > 1 if train is None else train) else None
         self.visits = torch.zeros(len(self), dtype=torch.int32).share_memory_()
-        self.cache = cache.open_cache() if config.CACHE else None
+        self.cache = open_cache() if config.CACHE else None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -51,11 +138,11 @@ class CarvanaDataset(Dataset):
             self.visits[item] += 1
         name = self.names[index]
         if self.cache is None:
-            image, mask = pairs.read_pair(*self.files[name], **self.form)
+            image, mask = read_pair(*self.files[name], **self.settings)
         else:
             image, mask = self.cache.load(name)
         if self.augment is not None:
-            augmentation.seed(self.augment, f'{self.seed} {epoch} {name}')
+            seed_augmentation(self.augment, f'{self.seed} {epoch} {name}')
             augmented = self.augment(image=image, mask=mask)
             image, mask = augmented['image'], augmented['mask']
         return {
@@ -66,10 +153,10 @@ class CarvanaDataset(Dataset):
 
 
 class EpochSampler(DistributedSampler):
-    """DistributedSampler whose items are (epoch, index); the epoch is set by Lightning.
+    """DistributedSampler that yields (epoch, index). Lightning sets its epoch.
 
-    The order is a function of (SEED, epoch), so a resumed run goes on with the same batches.
-    Where nobody sets the epoch, each pass is the next one.
+    The order depends on (SEED, epoch) alone, so a resumed run goes on with the same batches.
+    If nobody sets the epoch, each pass is the next one.
     """
 
     def __iter__(self):
@@ -79,15 +166,94 @@ class EpochSampler(DistributedSampler):
             yield epoch, index
 
 
-def stack(tensors) -> torch.Tensor:
-    """Images (C, H, W) that lie in memory as they were decoded, as a batch (N, C, H, W).
+def stack_images(tensors) -> torch.Tensor:
+    """Stack images (C, H, W) to (N, C, H, W), channels-last in memory, as the models want it.
 
-    It stays channels-last, as the models want it: whole images are copied, not single pixels.
+    The images are decoded as (H, W, C), so whole images are copied rather than single pixels.
     """
     return default_collate([image.permute(1, 2, 0) for image in tensors]).permute(0, 3, 1, 2)
 
 
 def collate(items: list[dict]) -> dict:
-    """A batch of CarvanaDataset."""
-    images = {'image': stack([item.pop('image') for item in items])}
-    return {**images, **default_collate(items)}
+    """A batch of CarvanaDataset items."""
+    batch = {'image': stack_images([item.pop('image') for item in items])}
+    return {**batch, **default_collate(items)}
+
+
+class Cache:
+    """Decoded, resized pairs on disk, mapped into memory that all workers and folds share.
+
+    OUTPUT/cache/<key>/images.npy is uint8 (N, H, W, CHANNELS), masks.npy uint8 (N, H, W), in the order
+    of TRAIN_FOLDS.
+    """
+
+    def __init__(self, folder: Path, names: list[str]):
+        self.folder = folder
+        self.row = {name: row for row, name in enumerate(names)}
+        self.images = np.load(folder / 'images.npy', mmap_mode='r')
+        self.masks = np.load(folder / 'masks.npy', mmap_mode='r')
+
+    def __reduce__(self):
+        return Cache, (self.folder, list(self.row))  # a spawned worker maps the files itself
+
+    def load(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A copy of an image (H, W, CHANNELS) and its mask (H, W), uint8."""
+        row = self.row[name]
+        return self.images[row].copy(), self.masks[row].copy()
+
+
+def open_cache() -> Cache:
+    """The cache of all images in TRAIN_FOLDS. It is built first if none fits the files."""
+    names = fold_table.read_folds().img.tolist()
+    folder = config.path(config.OUTPUT) / 'cache' / cache_key(names)
+    with files.file_lock(config.path(config.OUTPUT) / '.cache.lock'):  # folds may run side by side
+        if not folder.is_dir():
+            build_cache(folder, names)
+    return Cache(folder, names)
+
+
+def cache_key(names: list[str]) -> str:
+    """Digest of everything that the arrays depend on: a cache is right, or it is not found."""
+    state = [*read_settings().values()]
+    for name in names:
+        for file in fold_table.files_of(name):
+            try:
+                status = file.stat()
+            except OSError:
+                raise config.UserMistake(f'{file}: no such file: run folds.py again') from None
+            state.append((str(file), status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+
+
+def build_cache(folder: Path, names: list[str]) -> None:
+    """Write the arrays beside `folder`, then rename them: a killed run leaves nothing that is used."""
+    temporary = folder.with_name(f'{folder.name}.tmp')
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    shape = (len(names), *config.crop_size())
+    need = np.prod(shape, dtype=np.int64) * (config.CHANNELS + 1)
+    free = shutil.disk_usage(temporary).free
+    if need > 0.95 * free:
+        raise config.UserMistake(
+            f'CACHE=True needs {need / 1e9:.1f} GB at CROP_SIZE={config.CROP_SIZE}, {config.OUTPUT} '
+            f'has {free / 1e9:.1f} GB left: remove older ones in OUTPUT/cache, or set CACHE=False'
+        )
+    try:
+        new = {'mode': 'w+', 'dtype': np.uint8}
+        open_array = np.lib.format.open_memmap
+        image_rows = open_array(temporary / 'images.npy', shape=(*shape, config.CHANNELS), **new)
+        mask_rows = open_array(temporary / 'masks.npy', shape=shape, **new)
+
+        def write(row: int) -> None:
+            pair = read_pair(*fold_table.files_of(names[row]), **read_settings())
+            image_rows[row], mask_rows[row] = pair
+
+        # Threads will do: the decoders release Python's lock.
+        with ThreadPoolExecutor(max(1, config.NUM_WORKERS)) as pool:
+            rows = pool.map(write, range(len(names)))
+            list(tqdm(rows, 'building the cache', len(names), disable=None, leave=False))
+        image_rows.flush()
+        mask_rows.flush()
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,96 +1,150 @@
 """A made-up data set in the Carvana layout, and the three steps run on it: minutes, no download.
 
 Reads   nothing.
-Writes  INPUT/demo: train_hq, train_masks, train_masks.csv, test_hq, sample_submission.csv, and
-        test_masks_truth, which Kaggle would keep; OUTPUT/demo, LOGS_PATH/demo: what the steps write.
+Writes  INPUT/demo: what Kaggle gives, and test_masks_truth; OUTPUT/demo, LOGS_PATH/demo.
 
-    python demo.py                                    draw the cars, then run the three steps
-    python demo.py FOLDS=[0] EPOCHS=2                 with other constants for the steps
-    python demo.py --cars 40 --test-cars 8 --size 1918x1280       more cars, larger images
-    python demo.py --cars 318 --size 1918x1280 --only-draw --folder /tmp/carvana
-
-The steps run with small settings of MODEL_NAME, CROP_SIZE, N_FOLDS, FOLDS, AUGMENTATION, EPOCHS,
-LR, ACCUMULATE_GRAD_BATCHES, CACHE, and ENCODER_WEIGHTS=None, so that no connection is needed.
+    python demo.py CROP_SIZE=128 EPOCHS=2                  with other constants for the steps
+    python demo.py --cars 318 --test-cars 9 --size 1918x1280 --only-draw --folder /tmp/carvana
 """
 
-import argparse
-import re
 import subprocess
 import sys
 import time
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
+import cv2
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+import command_line
 import config
+import masks
 
 SETTINGS = {
-    'MODEL_NAME': 'smp_linknet_tu-regnetx_002',
-    'ENCODER_WEIGHTS': None,
-    'CROP_SIZE': (96, 160),
-    'N_FOLDS': 3,
-    'FOLDS': [0, 1, 2],
-    'AUGMENTATION': 'flip',
-    'EPOCHS': 9,
-    'LR': 0.002,
-    'ACCUMULATE_GRAD_BATCHES': 1,
-    'CACHE': True,
-}
+    'MODEL_NAME': 'smp_linknet_tu-regnetx_002', 'ENCODER_WEIGHTS': None, 'CROP_SIZE': (96, 160),
+    'N_FOLDS': 3, 'FOLDS': [0, 1, 2], 'AUGMENTATION': 'flip', 'EPOCHS': 12, 'LR': 0.002,
+    'ACCUMULATE_GRAD_BATCHES': 1, 'CACHE': True}  # fmt: skip
 CARS = 18
-STEPS = ('folds.py', 'Lightning_trainer.py', 'Lightning_tester.py')
+# Sedan, SUV, hatchback, pickup: metres up, back, ahead at underside, bumper, bonnet, sill, roof.
+KINDS = [
+    [(0.2, 0.5, 0.80, 0.96, 1.46), (-2.2, -2.3, -2.3, -1.7, -0.8), (2.3, 2.3, 2.2, 1.0, 0.1)],
+    [(0.2, 0.6, 0.98, 1.08, 1.72), (-2.2, -2.3, -2.3, -2.2, -1.9), (2.2, 2.3, 2.1, 1.0, 0.3)],
+    [(0.2, 0.5, 0.80, 0.95, 1.50), (-1.9, -2.0, -2.0, -1.9, -1.4), (2.0, 2.0, 1.9, 1.0, 0.2)],
+    [(0.3, 0.6, 1.04, 1.15, 1.80), (-2.5, -2.6, -2.6, -0.6, -0.4), (2.5, 2.6, 2.4, 1.1, 0.5)],
+]
+COS, SIN = np.cos(np.radians(range(361))), np.sin(np.radians(range(361)))
 
 
 def size(text: str) -> tuple[int, int]:
     """'1918x1280' -> (1918, 1280), width and height in pixels."""
-    match = re.fullmatch(r'(\d+)x(\d+)', text)
-    if match is None:
-        raise argparse.ArgumentTypeError('write WIDTHxHEIGHT, such as 1918x1280')
-    return int(match[1]), int(match[2])
+    width, height = map(command_line.positive_int, text.split('x'))
+    return width, height
 
 
-def words(given: list[str], **paths) -> list[str]:
-    """NAME=value words of the demo's settings, but for the given ones; the paths are the demo's own."""
-    given = [word for word in given if word.partition('=')[0] not in ('INPUT', *paths)]
+def arguments(given: list[str], **paths) -> list[str]:
+    """NAME=value arguments: SETTINGS and the paths, then the given ones, but for these paths."""
+    given = [argument for argument in given if argument.partition('=')[0] not in paths]
     return [f'{name}={value}' for name, value in (SETTINGS | paths).items()] + given
 
 
-if __name__ == '__main__':
-    import command_line
+def draw_car(images, truths, name, car, side, size, seed) -> str:
+    """Write image and mask of a car from side 1 (its front) to 16; returns its row for the CSV."""
+    look, rng = np.random.default_rng([seed, car]), np.random.default_rng([seed, car, side])
+    height, rear, front, _ = shape = [*KINDS[car % len(KINDS)], (0.86, 0.9, 0.9, 0.87, 0.67)]
+    paint = 0.76 if car % 6 == 5 else 0.04 + 0.5 * look.random(3) ** 2  # every sixth is pale
+    glass, wall, floor, light = look.uniform((0.1, 0.66, 0.44, 0.8), (0.4, 0.76, 0.52, 1.2))
+    angle = np.radians(22.5 * (side - 1) + look.uniform(-5, 5))
+    columns, rows = 3 * np.array(size)  # made smaller at the end, for smooth edges
+    canvas = np.zeros((rows, columns, 4), np.uint8)  # RGB, and 255 where the car is
+    tones = np.interp(np.linspace(0, 1, rows), [0, 0.43, 0.52], [wall - 0.1, wall, floor])
+    canvas[..., :3] = np.uint8(255 * tones)[:, None, None]
 
-    OPTIONS = command_line.start(
-        __doc__,
-        {
-            '--cars': {'type': command_line.positive, 'default': CARS},
-            '--test-cars': {'type': command_line.positive, 'default': 2},
-            '--size': {'type': size, 'default': (480, 320)},
-            '--folder': {},
-            '--only-draw': {'action': 'store_true'},
-        },
-        words([]),
-    )
+    def fill(x, y, z, colour, opacity=1):
+        """Fill the convex hull of points, in metres towards the nose, to the left, and up."""
+        metre, cos, sin = min(columns, 1.5 * rows) / 6.2, np.cos(angle), np.sin(angle)
+        column = columns / 2 + metre * (cos * y - sin * x)
+        row = 0.66 * rows + metre * (0.13 * (cos * x + sin * y) - z)  # seen from above a little
+        hull = cv2.convexHull(np.int32(np.broadcast_arrays(column, row)).reshape(2, -1).T)
+        cv2.fillPoly(canvas, [hull], 255 * np.append(colour * np.ones(3), opacity))
 
-import demo_cars
+    for grow in np.linspace(1.4, 0.9, 40):  # the shadow, darker inwards
+        fill(grow * front[1] * COS, grow * 0.9 * SIN, 0, floor * (1 - 3.2 * (1.4 - grow) ** 2), 0)
+    wheel, axles, near = 0.22 * height[4], (0.62 * rear[1], 0.62 * front[1]), np.sign(np.sin(angle))
+    for y in (-0.9, 0.9):  # mirrors and tyres, in part behind the body
+        fill(front[3] - 0.25, y * (1.06 + 0.17 * COS), height[3] + 0.07 + 0.08 * SIN, 0.8 * paint)
+        for x in axles:
+            fill(x + wheel * COS, y * np.array([[0.72], [0.97]]), wheel + wheel * SIN, 0.05)
+    # The body is a pile of slices, and parts lie on it: from a level of KINDS to another, from
+    # one direction to another in degrees (0: nose, 90: side, 180: tail), direction faced, colour.
+    parts, levels = [], np.linspace(0, 4, 65)
+    for low, high in zip(levels, levels[1:]):
+        tone = np.interp(low, range(5), [0.1, 0.75, 1, 1.05, 1]) * paint
+        parts += [(low, high, 0, 361, None, tone), (low, high, 51, 130, 90, 0.85 * tone)]
+    parts += [
+        (3.06, 3.84, 0, 40, 0, glass), (3.06, 3.84, 53, 87, 90, glass),  # windows
+        (3.06, 3.84, 92, 127, 90, glass), (3.06, 3.84, 140, 181, 180, glass),
+        (1.2, 1.7, 27, 48, 0, 0.9), (1.2, 1.7, 133, 155, 180, (0.5, 0, 0)),  # lamps
+        (0.8, 1.7, 0, 25, 0, 0.05), (0.8, 1, 0, 15, 0, 0.6), (0.4, 2, 89, 91, 90, 0.5 * paint),
+    ]  # fmt: skip
+    for low, high, start, stop, face, colour in parts:
+        z, back, ahead, wide = (np.interp([[low], [high]], range(5), line) for line in shape)
+        x, y = np.clip([1.27 * COS[start:stop], 1.27 * SIN[start:stop]], -1, 1)  # a round oblong
+        for sign in (-1, 1):
+            if face is None or np.cos(np.radians(sign * face) - angle) > 0.1:  # it is seen
+                fill((ahead + back + (ahead - back) * x) / 2, sign * wide * y, z, colour)
+    for x in axles:
+        for radius, tone in ((1, 0.08), (0.7, 0.56), (0.55, 0.05), (0.48, 0.5), (0.2, 0.05)):
+            fill(x + radius * wheel * COS, 0.9 * near, wheel + radius * wheel * SIN, tone)
+    fill(rear[4] + np.array([0.3, 0.34, 0.1]), 0, height[4] + np.array([0, 0, 0.4]), 0.05)
+    canvas = cv2.resize(canvas, size, interpolation=cv2.INTER_AREA)
+    image = cv2.GaussianBlur(canvas[..., :3], (0, 0), 0.6) * np.linspace(1, light, size[0])[:, None]
+    image = np.uint8((image + 3 * rng.standard_normal(image.shape, np.float32)).clip(0, 255))
+    mask = np.uint8(canvas[..., 3] > 127)
+    Image.fromarray(image).save(images / f'{name}.jpg', quality=90)
+    Image.fromarray(mask).save(truths / f'{name}_mask.gif', palette=bytes([0, 0, 0, 255, 255, 255]))
+    return f'{name}.jpg,{masks.rle_encode(mask)}'
 
 
-def main() -> None:
-    start = time.monotonic()
-    cars, unseen = OPTIONS.cars, OPTIONS.test_cars
-    folder = config.path(OPTIONS.folder or f'{config.INPUT}/demo')
-    demo_cars.make_dataset(folder, cars, unseen, OPTIONS.size, config.SEED)
-    print(f'{cars} cars and {unseen} unseen ones from 16 sides in {folder}', flush=True)
-    if OPTIONS.only_draw:
+def make_dataset(folder, cars=CARS, test_cars=2, size=(480, 320), seed=42) -> None:
+    """Draw cars from 16 sides each into a folder, laid out as Carvana's; the same for a seed."""
+    folder, rng, jobs = config.path(folder), np.random.default_rng(seed), []
+    for car in range(cars + test_cars):
+        names = ('train_hq', 'train_masks') if car < cars else ('test_hq', 'test_masks_truth')
+        paths, name = [folder / name for name in names], rng.bytes(6).hex()
+        for path in paths:
+            path.mkdir(parents=True, exist_ok=True)
+        jobs += [(*paths, f'{name}_{side:02}', car, side, size, seed) for side in range(1, 17)]
+    with ProcessPoolExecutor(min(8, config.cpu_count()), get_context('spawn')) as pool:
+        rows = list(tqdm(pool.map(draw_car, *zip(*jobs)), 'cars', len(jobs), disable=None))
+    test_rows = [f'{row.partition(",")[0]},1 1' for row in rows[16 * cars :]]
+    for name, table in (('train_masks', rows[: 16 * cars]), ('sample_submission', test_rows)):
+        (folder / f'{name}.csv').write_text('\n'.join(['img,rle_mask', *sorted(table)]) + '\n')
+
+
+def main(options) -> None:
+    start, output, logs = time.monotonic(), f'{config.OUTPUT}/demo', f'{config.LOGS_PATH}/demo'
+    folder = config.path(options.folder or f'{config.INPUT}/demo')
+    make_dataset(folder, options.cars, options.test_cars, options.size, config.SEED)
+    print(f'{options.cars} + {options.test_cars} cars from 16 sides in {folder}', flush=True)
+    if options.only_draw:
         return
-    output, logs = f'{config.OUTPUT}/demo', f'{config.LOGS_PATH}/demo'
-    given = words(OPTIONS.words, INPUT=folder, OUTPUT=output, LOGS_PATH=logs)
-    for step in STEPS:
+    given = arguments(options.arguments, INPUT=folder, OUTPUT=output, LOGS_PATH=logs)
+    for step in ('folds.py', 'Lightning_trainer.py', 'Lightning_tester.py'):
         print(f'\n--- python {step}', flush=True)
-        script = Path(__file__).with_name(step)
-        status = subprocess.run([sys.executable, str(script), *given]).returncode
-        if status:
+        script = config.path(f'src/{step}')
+        if status := subprocess.run([sys.executable, script, *given]).returncode:
             sys.exit(status)
-    minutes = (time.monotonic() - start) / 60
-    print(
-        f'\n{minutes:.1f} minutes; pictures in {config.OUTPUT}/demo: oof_worst.png, test_samples.png'
-    )
+    print(f'\n{(time.monotonic() - start) / 60:.1f} minutes; the pictures are in {output}')
 
 
+OPTIONS = {
+    '--cars': {'type': command_line.positive_int, 'default': CARS},
+    '--test-cars': {'type': command_line.positive_int, 'default': 2},
+    '--size': {'type': size, 'default': (480, 320)},
+    '--folder': {},
+    '--only-draw': {'action': 'store_true'},
+}
 if __name__ == '__main__':
-    command_line.run(main)
+    command_line.run(main, __doc__, OPTIONS, arguments([]))

@@ -1,22 +1,15 @@
-"""Step 1: assign every training image to a fold.
+"""Step 1: check the training images and masks, and assign every image to a fold.
 
 Reads   TRAIN_CSV (its column img) or, without it, the image files of TRAIN_PATH; the headers of
-        all images and of their masks in MASK_PATH (IMAGE_SUFFIX, MASK_SUFFIX); the values of some
-        masks (CLASSES, IGNORE_INDEX).
+        all images and of their masks in MASK_PATH (IMAGE_SUFFIX, MASK_SUFFIX); the pixels of up to
+        500 masks (CLASSES, IGNORE_INDEX).
 Writes  TRAIN_FOLDS: img,kfold,group (img without folder and suffix).
 
-Images of one group, by GROUP_REGEX, are never in two folds: Carvana shows each car from 16 sides.
-The split depends on the names, SEED and N_FOLDS alone. Run it again whenever the images change:
+Images of one group, found by GROUP_REGEX, are never split between folds: Carvana shows each car from
+16 sides. The split depends on the names, SEED and N_FOLDS alone. Run it again when images change:
 
     python folds.py
 """
-
-import config
-
-if __name__ == '__main__':
-    import command_line
-
-    command_line.start(__doc__)
 
 import hashlib
 import os
@@ -24,21 +17,25 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from sklearn.model_selection import GroupKFold
+from tqdm import tqdm
 
-import pairs
-from tables import is_file, read_table, some, write_table
+import command_line
+import config
+import images
+import masks
+from files import first_few, is_file, read_table, write_table
+
+MASKS_DECODED = 500  # of more masks, this many are decoded here; the first epoch meets the others
 
 
 def main() -> None:
     names = image_names()
-    pairs.check(names)
+    check_pairs(names)
     table = assign_folds(names)
-    file = config.path(config.TRAIN_FOLDS)
-    write_table(table, file)
-    # Images from a clock that goes ahead are not newer than the table that has just met them.
-    newest = max(modified(f) for name in names for f in pairs.files_of(name))
-    os.utime(file, (max(newest, modified(file)),) * 2)
+    write_table(table, config.path(config.TRAIN_FOLDS))
     counts = table.groupby('kfold').agg(images=('img', 'size'), groups=('group', 'nunique'))
     counts.loc['all'] = counts.sum()
     print(counts.to_string())
@@ -59,10 +56,11 @@ def image_names() -> list[str]:
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise config.UserMistake(
-                f'{config.TRAIN_CSV}: {len(twice)} images are listed more than once: {some(twice)}'
+                f'{config.TRAIN_CSV}: {len(twice)} images are listed more than once: '
+                f'{first_few(twice)}'
             )
     else:
-        names = pairs.files_in(folder, config.IMAGE_SUFFIX, 'TRAIN_PATH')
+        names = list_files(folder, config.IMAGE_SUFFIX, 'TRAIN_PATH')
         if folder == config.path(config.MASK_PATH) and config.MASK_SUFFIX != config.IMAGE_SUFFIX:
             names = [n for n in names if not (n + config.IMAGE_SUFFIX).endswith(config.MASK_SUFFIX)]
     if not names:
@@ -71,16 +69,107 @@ def image_names() -> list[str]:
     return sorted(names)
 
 
-def assign_folds(names: list[str]) -> pd.DataFrame:
-    """Table img,kfold,group: whole groups, shuffled by SEED, in N_FOLDS folds of like size."""
-    from sklearn.model_selection import GroupKFold  # slow to import, and needed by this step alone
+def list_files(folder: Path, suffix: str, constant: str) -> list[str]:
+    """Names, without the suffix, of a folder's files that end in it. Hidden files are left out.
 
+    Raises:
+        config.UserMistake: if there are none, with the endings that there are.
+    """
+    if not folder.is_dir():
+        raise config.UserMistake(f'{folder}: no such folder: set {constant} or INPUT')
+    files = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith('.'))
+    names = [file.removesuffix(suffix) for file in files if file.endswith(suffix)]
+    if not names:
+        raise config.UserMistake(
+            f'{folder}: no file named *{suffix}, but {endings(files)}: set {constant} (are '
+            'TRAIN_PATH and MASK_PATH swapped?) or its suffix'
+        )
+    return names
+
+
+def endings(files: list[str]) -> str:
+    """How many files have which ending, in words."""
+    counts = Counter(os.path.splitext(file)[1] or 'no suffix' for file in files)
+    return ', '.join(f'{count} {end}' for end, count in counts.most_common(4)) or 'it is empty'
+
+
+def files_of(name: str) -> tuple[Path, Path]:
+    """The image file and the mask file of a training image."""
+    return (
+        config.path(config.TRAIN_PATH) / (name + config.IMAGE_SUFFIX),
+        config.path(config.MASK_PATH) / (name + config.MASK_SUFFIX),
+    )
+
+
+def check_pairs(names: list[str]) -> None:
+    """Raise config.UserMistake unless each image has a mask of its size, and masks hold classes."""
+    with_image = set(list_files(config.path(config.TRAIN_PATH), config.IMAGE_SUFFIX, 'TRAIN_PATH'))
+    with_mask = set(list_files(config.path(config.MASK_PATH), config.MASK_SUFFIX, 'MASK_PATH'))
+    listed = is_file(config.TRAIN_CSV)
+    source = f' in {config.TRAIN_CSV} (TRAIN_CSV)' if listed else ''
+    remedy = 'move them away, or list the others in a CSV with a column img (TRAIN_CSV)'
+    if listed:
+        remedy = 'set TRAIN_CSV=None to take all images of the folder'
+    for there, what in (
+        (with_image, f'have no file in {config.TRAIN_PATH}'),
+        (with_mask, f'have no mask in {config.MASK_PATH}'),
+    ):
+        missing = [name for name in names if name not in there]
+        if missing:
+            raise config.UserMistake(
+                f'{len(missing)} of {len(names)} images{source} {what}: {first_few(missing)}: {remedy}'
+            )
+    unpaired = sorted(with_mask - with_image)
+    if unpaired and not listed:
+        raise config.UserMistake(
+            f'{len(unpaired)} masks in {config.MASK_PATH} have no image *{config.IMAGE_SUFFIX} in '
+            f'{config.TRAIN_PATH}: {first_few(unpaired)}: {remedy}'
+        )
+    differ = []
+    for name in tqdm(names, 'checking headers', disable=None, leave=False):
+        image_file, mask_file = files_of(name)
+        sizes = images.check_header(image_file), images.header(mask_file)[1]
+        if sizes[0] != sizes[1]:
+            shown = ' and '.join(f'{width}x{height}' for height, width in sizes)
+            differ.append(f'{name} ({shown})')
+    if differ:
+        raise config.UserMistake(
+            f'{len(differ)} images and their masks differ in size (width x height): '
+            f'{first_few(differ)}: resize the masks by the nearest pixel'
+        )
+    check_mask_values(names)
+
+
+def check_mask_values(names: list[str]) -> None:
+    """Decode some masks; print how many hold one class alone; refuse them if all of them do."""
+    constant, seen = Counter(), set()
+    step = max(1, len(names) // MASKS_DECODED)
+    for name in tqdm(names[::step], 'checking masks', disable=None, leave=False):
+        mask = masks.read_mask(files_of(name)[1], config.CLASSES, config.IGNORE_INDEX)
+        values = np.flatnonzero(np.bincount(mask.ravel())).tolist()
+        seen.update(values)
+        constant.update(values if len(values) == 1 else [])
+    if len(seen) == 1 and step == 1:
+        raise config.UserMistake(
+            f'{config.MASK_PATH}: all masks hold class {seen.pop()} alone: is it the right folder?'
+        )
+    if config.IGNORE_INDEX in seen and seen <= {0, config.IGNORE_INDEX}:
+        raise config.UserMistake(
+            f'{config.MASK_PATH}: the masks hold 0 and {config.IGNORE_INDEX} alone, and IGNORE_INDEX '
+            f'leaves {config.IGNORE_INDEX} out: set IGNORE_INDEX=None if it is the foreground'
+        )
+    for value, count in sorted(constant.items()):
+        print(f'{count} of {len(names[::step])} masks that were decoded hold class {value} alone')
+
+
+def assign_folds(names: list[str]) -> pd.DataFrame:
+    """The table img,kfold,group: whole groups, shuffled by SEED, in N_FOLDS folds."""
     groups = [group_of(name) for name in names]
     if len(set(groups)) < config.N_FOLDS:
         raise config.UserMistake(
             f'N_FOLDS={config.N_FOLDS}, but only {len(set(groups))} different groups of images by '
-            f'GROUP_REGEX={config.GROUP_REGEX!r}, such as {some(sorted(set(groups)))}: fewer folds'
-            + (', or GROUP_REGEX=None to split by image' if config.GROUP_REGEX else '')
+            f'GROUP_REGEX={config.GROUP_REGEX!r}, such as {first_few(sorted(set(groups)))}: fewer '
+            'folds' + (', or GROUP_REGEX=None to split by image' if config.GROUP_REGEX else '')
         )
     table = pd.DataFrame({'img': names, 'kfold': -1, 'group': groups})
     splitter = GroupKFold(config.N_FOLDS, shuffle=True, random_state=config.SEED)
@@ -91,7 +180,7 @@ def assign_folds(names: list[str]) -> pd.DataFrame:
 
 
 def group_of(name: str) -> str:
-    """The first capture group of GROUP_REGEX in an image's name; without one, the name."""
+    """The first capture group of GROUP_REGEX in an image's name; without GROUP_REGEX, the name."""
     if config.GROUP_REGEX is None:
         return name
     match = re.search(config.GROUP_REGEX, name)
@@ -104,17 +193,18 @@ def group_of(name: str) -> str:
 
 
 def check_table(table: pd.DataFrame) -> None:
-    """No group is in two folds and no image is there twice: or a UserMistake."""
+    """Raise config.UserMistake if a group is in two folds, or an image is listed twice."""
     again = f'run folds.py again (it writes {config.TRAIN_FOLDS})'
     split = table.groupby('group').kfold.nunique()
     if (split > 1).any():
         raise config.UserMistake(f'group {split.idxmax()} is in {split.max()} folds: {again}')
     if table.img.duplicated().any():
-        raise config.UserMistake(f'{table.img[table.img.duplicated()].iloc[0]} is twice: {again}')
+        twice = table.img[table.img.duplicated()].iloc[0]
+        raise config.UserMistake(f'{twice} is listed twice: {again}')
 
 
 def read_folds(folds: list[int] | None = None) -> pd.DataFrame:
-    """The checked table img,kfold,group of TRAIN_FOLDS; of some folds alone where they are given."""
+    """The checked table img,kfold,group of TRAIN_FOLDS, or its rows of some folds."""
     again = 'run folds.py'
     table = read_table(config.path(config.TRAIN_FOLDS), ['img', 'kfold', 'group'], again)
     if not table.kfold.str.fullmatch(r'\d+').all():
@@ -132,7 +222,7 @@ def read_folds(folds: list[int] | None = None) -> pd.DataFrame:
 
 
 def digests(fold: int) -> dict[str, str]:
-    """What tells the images that a fold's model is trained and validated on from any others."""
+    """Digests of the images that a fold's model is trained and validated on, for its checkpoint."""
     table = read_folds()
     parts = {'train': table[table.kfold != fold], 'val': table[table.kfold == fold]}
     return {
@@ -142,32 +232,20 @@ def digests(fold: int) -> dict[str, str]:
 
 
 def check_up_to_date() -> None:
-    """TRAIN_FOLDS lists the images that there are, and is newer than they: or a UserMistake."""
-    table, file = read_folds(), config.path(config.TRAIN_FOLDS)
-    if table.kfold.max() >= config.N_FOLDS:
+    """Raise config.UserMistake unless TRAIN_FOLDS has N_FOLDS folds of the images that there are."""
+    table = read_folds()
+    if table.kfold.nunique() != config.N_FOLDS:
         raise config.UserMistake(
-            f'{config.TRAIN_FOLDS} has {table.kfold.max() + 1} folds, N_FOLDS={config.N_FOLDS}: run '
+            f'{config.TRAIN_FOLDS} has {table.kfold.nunique()} folds, N_FOLDS={config.N_FOLDS}: run '
             'folds.py again'
         )
-    read_folds(list(range(config.N_FOLDS)))
     other = set(table.img) ^ set(image_names())
     if other:
         raise config.UserMistake(
-            f'{config.TRAIN_FOLDS} lists other images than there are ({some(sorted(other))}): run '
-            'folds.py'
+            f'{config.TRAIN_FOLDS} lists other images than there are ({first_few(sorted(other))}): '
+            'run folds.py'
         )
-    written = file.stat().st_mtime
-    changed = [f.name for n in table.img for f in pairs.files_of(n) if modified(f) > written]
-    if changed:
-        raise config.UserMistake(
-            f'{config.TRAIN_FOLDS} is older than the images ({some(sorted(changed))}): run folds.py'
-        )
-
-
-def modified(file: Path) -> float:
-    """When a file was last written, in seconds; one that is missing has changed by now."""
-    return file.stat().st_mtime if file.exists() else float('inf')
 
 
 if __name__ == '__main__':
-    command_line.run(main)
+    command_line.run(main, __doc__)

@@ -29,13 +29,13 @@ def read_mask(file, classes: int = 1, ignore_index: int | None = None, size=None
         with Image.open(file) as image:
             values = stored_values(image, classes, size)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise images.broken(file, error) from None
+        raise images.unreadable(file, error) from None
     if values is None:
         raise config.UserMistake(
             f'{file}: a coloured mask; save it as class indices (a grey or palette PNG), one value '
             'per class'
         )
-    values = np.require(nearest(values, size), requirements='W')  # PIL's own are read-only
+    values = np.require(resize_nearest(values, size), requirements='W')  # PIL's own are read-only
     found = np.flatnonzero(cv2.calcHist([values], [0], None, [256], [0, 256]))
     table = index_table(found.tolist(), classes, ignore_index)
     if table is None:
@@ -49,7 +49,7 @@ def read_mask(file, classes: int = 1, ignore_index: int | None = None, size=None
     return values if table == list(range(256)) else cv2.LUT(values, np.array(table, np.uint8))
 
 
-def nearest(values: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+def resize_nearest(values: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
     """An array (height, width) resized to `size` by the nearest pixel; as it is for None."""
     if size is None or values.shape == tuple(size):
         return values
@@ -62,7 +62,7 @@ def stored_values(image: Image.Image, classes: int, size=None) -> np.ndarray | N
     Palette indices are resized to `size` first, as looking them up in full takes its time.
     """
     if image.mode == 'P':
-        indices = nearest(np.asarray(image), size)
+        indices = resize_nearest(np.asarray(image), size)
         colours = np.array(image.getpalette('RGB'), np.uint8).reshape(-1, 3)
         colours = np.pad(colours, ((0, 256 - len(colours)), (0, 0)))
         used = np.flatnonzero(cv2.calcHist([indices], [0], None, [256], [0, 256]))

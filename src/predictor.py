@@ -1,106 +1,125 @@
-"""Runs trained models over image files of any number.
+"""Runs trained models over image files of any number, at each image's own size.
 
-A batch is always made of the same images, however many ranks there are and wherever a killed run
-stopped, so the result is the same to the byte.
+A batch always holds the same images, however many processes there are and wherever a killed run
+stopped. So the result is the same to the byte.
 """
 
+import csv
 import hashlib
+import io
 import json
-from functools import reduce
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import BasePredictionWriter
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import callbacks
 import config
+import dataset
+import files
+import images
+import masks
 import metrics
 import runtime
-from image_files import Batches, ImageFiles, collate_files
-from part_writer import PartWriter
+
+
+class ImageBatches(Dataset):
+    """Image files in batches of VAL_BATCH_SIZE, each image read once.
+
+    Items are whole batches: {'image': uint8 (N, channels, H, W), 'img': file names, 'shape': the
+    images' own (height, width)}; with mask files also 'mask': a list of uint8 (height, width).
+
+    Args:
+        image_files: files of images of any size.
+        input_size: (height, width, channels) of the model's input.
+        mask_files: the mask of each image, or None.
+        classes, ignore_index: how masks are read, see masks.read_mask.
+    """
+
+    def __init__(self, image_files, input_size, mask_files=None, classes=1, ignore_index=None):
+        self.image_files, self.mask_files = list(image_files), mask_files
+        self.input_size, self.mask_rule = input_size, (classes, ignore_index)
+        self.batch_size = config.VAL_BATCH_SIZE
+
+    def __len__(self) -> int:
+        return -(-len(self.image_files) // self.batch_size)
+
+    def __getitem__(self, number: int) -> dict:
+        start = number * self.batch_size
+        indices = range(start, min(start + self.batch_size, len(self.image_files)))
+        height, width, channels = self.input_size
+        tensors, batch = [], {'img': [], 'shape': []}
+        for index in indices:
+            file = self.image_files[index]
+            image = images.read_image(file, channels, (height, width))
+            tensors.append(torch.from_numpy(image).permute(2, 0, 1))
+            batch['img'].append(file.name)
+            batch['shape'].append(images.header(file)[1])
+        if self.mask_files is not None:
+            batch['mask'] = [self.read_mask(index) for index in indices]
+        return {'image': dataset.stack_images(tensors), **batch}
+
+    def read_mask(self, index: int) -> torch.Tensor:
+        file, image_file = self.mask_files[index], self.image_files[index]
+        mask = masks.read_mask(file, *self.mask_rule)
+        if mask.shape != images.header(image_file)[1]:
+            raise config.UserMistake(f'{file}: not the size of its image {image_file.name}')
+        return torch.from_numpy(mask)
 
 
 class Predictor(pl.LightningModule):
-    """Class indices, or counts against the true masks, at each image's own size.
+    """Predicts class indices, or counts right and wrong pixels, from the mean of some models.
 
     Args:
-        models: fold -> CarvanaModel; their probabilities are averaged, or, with `out_of_fold`, each
-            image is given to the model of its fold alone.
-        thresholds: above which probability a pixel is foreground (one class).
-        mirrored: average with the prediction for the mirrored image (TTA).
+        models: CarvanaModels of the same input size and classes.
+        thresholds: probabilities above which a pixel is foreground (for one class).
+        tta: average with the prediction for the mirrored image.
     """
 
-    def __init__(self, models: dict, thresholds: list[float], mirrored: bool = False):
+    def __init__(self, models: list, thresholds: list[float], tta: bool = False):
         super().__init__()
-        self.models = torch.nn.ModuleList(models.values())
-        self.folds = list(models)
-        self.inputs = sorted({model.input_form for model in self.models})
-        self.mirrored = mirrored
+        self.models, self.tta = torch.nn.ModuleList(models), tta
+        self.ignore_index = models[0].hparams.IGNORE_INDEX if models else None
         self.register_buffer('thresholds', torch.tensor(thresholds), persistent=False)
-        self.data, self.prepare = None, None  # set by `predict`
-        self.canvases = {}
 
-    def predict_dataloader(self) -> DataLoader:
-        batches = Batches(self.data)
-        return DataLoader(
-            batches.keep(self.prepare(), self.trainer.global_rank, self.trainer.world_size),
-            batch_size=None,
-            num_workers=config.NUM_WORKERS,
-            pin_memory=self.device.type == 'cuda',
-            prefetch_factor=2 if config.NUM_WORKERS else None,
-        )
+    def probabilities(self, x: torch.Tensor) -> torch.Tensor:
+        """Mean probabilities, float32 (N, classes, H, W), of 8-bit images (N, channels, H, W)."""
+        views = [(x, False), (x.flip(-1), True)] if self.tta else [(x, False)]
+        total = 0
+        for model in self.models:
+            for view, mirrored in views:
+                p = metrics.activate(model(view))
+                total = total + (p.flip(-1) if mirrored else p)
+        return total / (len(self.models) * len(views))
 
-    def probabilities(self, batch: dict, models: list):
-        """For each image of a batch of ImageFiles, in turn, the mean probabilities (1, C, height,
-        width); to be used up before the next, which is written in the same place."""
-        totals = {}  # a model's output is resized with all others of its size, as a mean is linear
-        for model in models:
-            x = batch['images'][self.inputs.index(model.input_form)]
-            p = metrics.activate(model(x))
-            if self.mirrored:
-                p = (p + metrics.activate(model(x.flip(-1))).flip(-1)) / 2
-            p = p / len(models) if len(models) > 1 else p
-            totals[p.shape[2:]] = totals[p.shape[2:]] + p if p.shape[2:] in totals else p
-        for n, shape in enumerate(batch['shape']):
-            yield reduce(torch.add, (self.enlarge(p[[n]], shape) for p in totals.values()))
+    def predict_step(self, batch: dict, batch_index: int) -> list[np.ndarray]:
+        """Per image of a batch of ImageBatches: class indices, uint8 (height, width); if the batch
+        has masks, counts instead. An empty batch stands for no work, see `share`."""
+        if not batch:
+            return []
+        results = []
+        for n, p in enumerate(self.probabilities(batch['image'])):
+            p = F.interpolate(p[None], batch['shape'][n], mode='bilinear')
+            if 'mask' in batch:
+                results.append(self.count(p, batch['mask'][n]))
+            else:
+                results.append(metrics.decide(p, self.thresholds[0])[0])
+        return [result.cpu().numpy() for result in results]
 
-    def enlarge(self, p: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-        """Probabilities (1, C, H, W) at an image's own (height, width), bilinear."""
-        if p.device.type != 'cpu' or p.shape[1] > 1:
-            return F.interpolate(p, shape, mode='bilinear')
-        # The same to 1e-6, and several times as fast on a CPU: less arithmetic, and the memory of
-        # the last image again.
-        canvas = self.canvases.get(p.shape[2:])
-        canvas = cv2.resize(p[0, 0].numpy(), shape[::-1], canvas, interpolation=cv2.INTER_LINEAR)
-        self.canvases[p.shape[2:]] = canvas
-        return torch.from_numpy(canvas)[None, None]
+    def count(self, p: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """tp, fp, fn of one image, int64: (T, 3, 1) for T thresholds, or (1, 3, K) for K classes.
 
-    def identity(self) -> list:
-        """What tells this Predictor from others, to recognise the job that a killed run was doing."""
-        sums = [sum(p.detach().double().sum().item() for p in m.parameters()) for m in self.models]
-        return [self.folds, sums, self.thresholds.tolist(), self.mirrored]
-
-    def predict_step(self, batch: dict, batch_index: int) -> list[torch.Tensor]:
-        """Per image: class indices uint8 (height, width), or with masks `counts`."""
-        if 'mask' not in batch:
-            return [
-                metrics.decide(p, self.thresholds[0])[0]
-                for p in self.probabilities(batch, self.models)
-            ]
-        model = self.models[self.folds.index(batch['fold'][0])]
-        return [
-            self.counts(p, mask.to(p.device), model.hparams.IGNORE_INDEX)
-            for p, mask in zip(self.probabilities(batch, [model]), batch['mask'])
-        ]
-
-    def counts(self, p: torch.Tensor, mask: torch.Tensor, ignore_index) -> torch.Tensor:
-        """tp, fp, fn of an image, int64: (T, 3, 1) for the thresholds, or (1, 3, C) of the classes."""
+        Args:
+            p: probabilities (1, K, height, width).
+            mask: uint8 (height, width).
+        """
         if p.shape[1] > 1:
-            return metrics.count(metrics.decide(p), mask[None], p.shape[1], ignore_index)
+            return metrics.count(metrics.decide(p), mask[None], p.shape[1], self.ignore_index)
         # above[j] pixels have p > thresholds[j]: those with more than j thresholds below p.
         above = []
         for index in (1, 0):
@@ -111,34 +130,105 @@ class Predictor(pl.LightningModule):
         return torch.stack([tp, fp, above[0][0] - tp], 1)[:, :, None]
 
 
-def predict(predictor, data: ImageFiles, target: Path, line, gather=lambda _: None, form=None):
-    """Run a Predictor over image files, going on after a killed run's with RESUME.
+def share(batches: ImageBatches, trainer, done: int = 0) -> DataLoader:
+    """This process's contiguous share of the batches, without the first `done` of it.
+
+    Lightning refuses a process without a batch, so an empty share holds one empty batch.
+    """
+    first, end = (len(batches) * (trainer.global_rank + i) // trainer.world_size for i in (0, 1))
+    own = torch.utils.data.Subset(batches, range(min(first + done, end), end))
+    return DataLoader(
+        own if len(own) else [{}],
+        batch_size=None,
+        num_workers=config.NUM_WORKERS,
+        pin_memory=trainer.strategy.root_device.type == 'cuda',
+        prefetch_factor=2 if config.NUM_WORKERS else None,
+    )
+
+
+def new_trainer(*callback) -> pl.Trainer:
+    """A Trainer that predicts, with a progress bar on a terminal."""
+    bars = callbacks.progress_bars()
+    return runtime.quiet_trainer(callbacks=[*callback, *bars], enable_progress_bar=bool(bars))
+
+
+def predict(predictor: Predictor, batches: ImageBatches) -> list[np.ndarray]:
+    """The results of Predictor.predict_step for all images, in order, on every process."""
+    trainer = new_trainer()
+    with runtime.explain_errors(training=False):
+        results = trainer.predict(predictor, share(batches, trainer))
+    parts = [[result for batch in results for result in batch]]
+    if trainer.world_size > 1:
+        own, parts = parts[0], [None] * trainer.world_size
+        torch.distributed.all_gather_object(parts, own)
+    return [result for part in parts for result in part]
+
+
+class SubmissionWriter(BasePredictionWriter):
+    """Appends a row img,rle_mask per image to this process's part file, and writes mask files.
+
+    Memory stays flat, and a killed run can resume.
 
     Args:
-        target, line, gather: see PartWriter.
-        form: whatever decides what `line` does, besides what is predicted.
-
-    Returns: the PartWriter, which holds the lines and, on every rank, what `gather` made of them.
+        part: the part file.
+        mask_folder: where to write <img>.png; None: nowhere.
+        scale: the mask files' value of class 1: 255 for one class.
     """
-    settings = {
-        'models': predictor.identity(),
-        'batch': config.VAL_BATCH_SIZE,
-        'files': [(str(f), f.stat().st_size) for f in data.files],
-        'form': form,
-    }
-    job = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    writer = PartWriter(job, target, line, gather)
-    predictor.data, predictor.prepare = data, writer.prepare
-    bars = callbacks.progress_bars()
-    trainer = runtime.bare_trainer(callbacks=[writer, *bars], enable_progress_bar=bool(bars))
-    with runtime.told_plainly(training=False):
-        trainer.predict(predictor, return_predictions=False)
-    return writer
+
+    def __init__(self, part: Path, mask_folder: Path | None, scale: int):
+        super().__init__('batch')
+        self.part, self.mask_folder, self.scale = part, mask_folder, scale
+
+    def write_on_batch_end(self, trainer, module, results, indices, batch, number, loader) -> None:
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator='\n')
+        for name, mask in zip(batch.get('img', ()), results):
+            if self.mask_folder is not None:
+                png = cv2.imencode('.png', mask * np.uint8(self.scale))[1]
+                with files.atomic_write(self.mask_folder / f'{Path(name).stem}.png') as temporary:
+                    temporary.write_bytes(png)
+            rows.writerow([name, masks.rle_encode(mask)])
+        with self.part.open('a', encoding='utf-8', newline='') as file:
+            file.write(text.getvalue())
+
+    def on_exception(self, trainer, module, error) -> None:
+        if isinstance(error, KeyboardInterrupt) and trainer.is_global_zero:
+            print('stopped; RESUME=True goes on after the images that are done', flush=True)
 
 
-def predict_one(model, file: Path, threshold: float) -> np.ndarray:
-    """The prediction for one image, uint8 (height, width), as in the run over many."""
-    runner = Predictor({0: model}, [threshold], config.TTA)
-    with torch.inference_mode():
-        batch = collate_files([ImageFiles([file], runner.inputs)[0]])
-        return runner.predict_step(batch, 0)[0].cpu().numpy()
+def write_submission(predictor: Predictor, batches: ImageBatches, state: list, mask_folder) -> bool:
+    """Predict all images into OUTPUT/submission.csv; RESUME goes on after a killed run.
+
+    Args:
+        state: what the result depends on besides the images and the settings known here: the
+            checkpoints. A killed run is resumed only if it agrees.
+        mask_folder: see SubmissionWriter.
+
+    Returns: whether this is the process that wrote the file.
+    """
+    trainer = new_trainer()
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in batches.image_files]
+    state = [*state, stats, batches.batch_size, predictor.thresholds.tolist(), predictor.tta]
+    state += [runtime.precision()[0], str(mask_folder), trainer.world_size]
+    key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+    target = config.path(config.OUTPUT) / 'submission.csv'
+    parts = [target.with_name(f'submission.{key}.part{r}') for r in range(trainer.world_size)]
+    own = parts[trainer.global_rank]
+    own.parent.mkdir(parents=True, exist_ok=True)
+    # Keep the rows of whole batches. A batch is predicted again if any of its rows is missing.
+    lines = own.read_bytes().splitlines(keepends=True) if config.RESUME and own.exists() else []
+    done = sum(line.endswith(b'\n') for line in lines) // batches.batch_size
+    own.write_bytes(b''.join(lines[: done * batches.batch_size]))
+    scale = 255 if predictor.models[0].hparams.CLASSES == 1 else 1
+    trainer.callbacks.append(SubmissionWriter(own, mask_folder, scale))
+    with runtime.explain_errors(training=False):
+        trainer.predict(predictor, share(batches, trainer, done), return_predictions=False)
+    trainer.strategy.barrier()  # all parts are complete
+    if trainer.is_global_zero:
+        with files.atomic_write(target) as temporary, temporary.open('wb') as file:
+            file.write(b'img,rle_mask\n')
+            for part in parts:
+                file.write(part.read_bytes())
+        for part in target.parent.glob('submission.*.part*'):
+            part.unlink()
+    return trainer.is_global_zero

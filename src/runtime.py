@@ -1,10 +1,7 @@
-"""How models run: the hardware and precision that Lightning is given, and what is printed."""
+"""Hardware and precision for Lightning's Trainer, and what is said about a run."""
 
 import logging
-import os
 import sys
-import threading
-import time
 import warnings
 from contextlib import contextmanager
 
@@ -15,40 +12,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import config
 
-tell = rank_zero_only(print)  # where every process would say the same
-
-
-def hardware() -> dict:
-    """The arguments of Lightning's Trainer that training and prediction share."""
-    return {
-        'accelerator': config.ACCELERATOR,
-        'devices': config.DEVICES,
-        'num_nodes': config.NUM_NODES,
-        'strategy': config.STRATEGY,
-        'precision': precision()[0],
-        'use_distributed_sampler': False,  # this project's own samplers know the ranks
-    }
-
-
-def trainer(**arguments) -> pl.Trainer:
-    """Lightning's Trainer on the hardware of config.py; or a config.UserMistake that names it."""
-    try:
-        return pl.Trainer(**{**hardware(), **arguments})
-    except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
-        names = ('ACCELERATOR', 'DEVICES', 'NUM_NODES', 'STRATEGY')
-        shown = ', '.join(f'{name}={getattr(config, name)!r}' for name in names)
-        raise config.UserMistake(f'{shown}: {config.in_short(error, 300)}') from None
-
-
-def bare_trainer(**arguments) -> pl.Trainer:
-    """Lightning's Trainer that shows and keeps nothing, but for what the arguments say."""
-    quiet = {
-        'logger': False,
-        'enable_checkpointing': False,
-        'enable_progress_bar': False,
-        'enable_model_summary': False,
-    }
-    return trainer(**{**quiet, **arguments})
+print_once = rank_zero_only(print)  # where every process would print the same
 
 
 def on_cuda() -> bool:
@@ -57,7 +21,7 @@ def on_cuda() -> bool:
 
 
 def precision() -> tuple[str, str]:
-    """Lightning's name of the precision that really runs, and why that one."""
+    """Lightning's name of the precision that really runs, and the reason."""
     if config.PRECISION == 'bf16':
         return 'bf16-mixed', "bfloat16 where it is safe, as PRECISION='bf16' asks"
     if config.PRECISION == 32:
@@ -65,17 +29,40 @@ def precision() -> tuple[str, str]:
     if on_cuda():
         return '16-mixed', 'float16 where it is safe, with a gradient scaler (native torch AMP)'
     return '32-true', (
-        "float32: PRECISION=16 needs a CUDA GPU; PRECISION='bf16' may be faster, test_precision.py tells"
+        "float32: PRECISION=16 needs a CUDA GPU; PRECISION='bf16' may be faster, try test_precision.py"
     )
 
 
-def silence() -> None:
-    """Drop the notices of other packages that the user can do nothing about."""
+def trainer(**arguments) -> pl.Trainer:
+    """Lightning's Trainer on the hardware of config.py.
+
+    Raises:
+        config.UserMistake: if this machine does not have that hardware.
+    """
+    names = ('ACCELERATOR', 'DEVICES', 'NUM_NODES', 'STRATEGY')
+    hardware = {name.lower(): getattr(config, name) for name in names}
+    hardware |= {'precision': precision()[0], 'use_distributed_sampler': False}  # we use our own
+    try:
+        return pl.Trainer(**{**hardware, **arguments})
+    except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
+        shown = ', '.join(f'{name}={getattr(config, name)!r}' for name in names)
+        raise config.UserMistake(f'{shown}: {config.shorten(error, 300)}') from None
+
+
+def quiet_trainer(**arguments) -> pl.Trainer:
+    """Lightning's Trainer without logger, checkpoints, bar and summary, unless arguments say so."""
+    quiet = ('logger', 'enable_checkpointing', 'enable_progress_bar', 'enable_model_summary')
+    return trainer(**{**dict.fromkeys(quiet, False), **arguments})
+
+
+def hide_warnings() -> None:
+    """Hide what other packages say that the user can do nothing about."""
     for name in ('pytorch_lightning', 'lightning', 'lightning_fabric'):
         for logger in (name, f'{name}.utilities.rank_zero', f'{name}.accelerators.cuda'):
             logging.getLogger(logger).setLevel(logging.WARNING)
     for message in (
         r'.*does not have many workers.*',
+        r".*Consider setting `?persistent_workers=True`? in '.*_dataloader'.*",
         r'.*The number of training batches .* is smaller than the logging interval.*',
         r'.*Checkpoint directory .* exists and is not empty.*',
         r'.*Experiment logs directory .* exists and is not empty.*',
@@ -87,42 +74,9 @@ def silence() -> None:
         warnings.filterwarnings('ignore', message=message)
 
 
-def waiting(durations: dict[str, list[float]]) -> float:
-    """Share of the training time, 0..1, in which no batch was ready, from a Lightning profiler's
-    recorded durations. The first batch, which waits for the workers to start, does not count."""
-    loops = ('_TrainingEpochLoop].train_dataloader_next', '_EvaluationLoop].val_next')
-    waits = [durations.get(f'[{loop}') or [0, 0] for loop in loops]
-    waited = sum(sum(seconds[1:]) for seconds in waits)
-    total = sum(durations.get('run_training_epoch', [])) - sum(seconds[0] for seconds in waits)
-    return waited / total if total > 0 else 0.0
-
-
-def advice(share: float) -> str:
-    """What to change where the device waited too long for its data; '' where it did not."""
-    if share <= 0.1:
-        return ''
-    if config.cores() > config.NUM_WORKERS:
-        return f'NUM_WORKERS from {config.NUM_WORKERS} to {config.cores()} would feed it faster'
-    if not config.CACHE:
-        return 'CACHE=True would feed it faster'
-    return 'a smaller CROP_SIZE, or more cores, would feed it faster'
-
-
-def follow_parent() -> None:
-    """End this process when the one that started it is gone, and would leave it behind unseen."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 @contextmanager
-def told_plainly(training: bool = True):
-    """Turn what may happen to any run, and is no bug, into a message that says what to do."""
+def explain_errors(training: bool = True):
+    """Turn errors that are no bug into a config.UserMistake that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -140,46 +94,62 @@ def told_plainly(training: bool = True):
             f'PRECISION={config.PRECISION}: try {", or ".join(tries)}'
         ) from None
     except RuntimeError as error:
-        words = str(error).lower()
-        if 'shared memory' in words or 'bus error' in words:
+        text = str(error).lower()
+        if 'shared memory' in text or 'bus error' in text:
             raise config.UserMistake(
-                'no room in /dev/shm for the batches of the workers: fewer NUM_WORKERS (0 needs none), '
-                'or a container with more (docker run --shm-size=8g)'
+                'no room in /dev/shm for the batches of the workers: set fewer NUM_WORKERS (0 needs '
+                'none), or give the container more (docker run --shm-size=8g)'
             ) from None
-        if not any(text in words for text in ('closed by peer', 'reset by peer', 'remote process')):
+        if not any(
+            words in text for words in ('closed by peer', 'reset by peer', 'remote process')
+        ):
             raise
         raise config.UserMistake(
-            'another process of this training has ended, see its own message; RESUME=True goes on '
-            'after the last finished epoch'
+            'another process of this run has ended, see its own message; RESUME=True goes on after '
+            'the last finished epoch'
         ) from None
 
 
+def data_wait_share(durations: dict[str, list[float]]) -> float:
+    """Share of the training time, 0..1, spent waiting for batches.
+
+    Args:
+        durations: recorded_durations of a Lightning profiler. The first batch does not count,
+            because it waits for the workers to start.
+    """
+    loops = ('_TrainingEpochLoop].train_dataloader_next', '_EvaluationLoop].val_next')
+    waits = [durations.get(f'[{loop}') or [0, 0] for loop in loops]
+    waited = sum(sum(seconds[1:]) for seconds in waits)
+    total = sum(durations.get('run_training_epoch', [])) - sum(seconds[0] for seconds in waits)
+    return waited / total if total > 0 else 0.0
+
+
+def faster_input(share: float) -> str:
+    """What to change if the device waits for its data more than a tenth of the time, else ''."""
+    if share <= 0.1:
+        return ''
+    if config.cpu_count() > config.NUM_WORKERS:
+        return f': try NUM_WORKERS={config.cpu_count()}'
+    return (
+        ': try CACHE=True' if not config.CACHE else ': try a smaller CROP_SIZE, or more CPU cores'
+    )
+
+
 def device_name(trainer) -> str:
-    if trainer.strategy.root_device.type == 'cuda':
-        kind = torch.cuda.get_device_name(trainer.strategy.root_device)
-    else:
-        kind = f'{trainer.strategy.root_device.type} with {config.cores()} cores'
-    return f'{trainer.world_size} x {kind}' if trainer.world_size > 1 else kind
+    device = trainer.strategy.root_device
+    name = f'{device.type} with {config.cpu_count()} cores'
+    if device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+    return f'{trainer.world_size} x {name}' if trainer.world_size > 1 else name
 
 
-def used_gpu() -> bool:
-    return torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
-
-
-def peak_megabytes() -> float:
-    """The most that this process has held at once: on the GPU, or else in main memory; NaN on
-    Windows, which does not tell."""
-    if used_gpu():
+def peak_memory_mb() -> float:
+    """Peak memory of this process: on the GPU if it used one, else main memory; NaN on Windows."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
         return torch.cuda.max_memory_allocated() / 2**20
     try:
         import resource
     except ModuleNotFoundError:
         return float('nan')
-    unit = 1 if sys.platform == 'darwin' else 2**10  # bytes of ru_maxrss
+    unit = 1 if sys.platform == 'darwin' else 2**10  # bytes per unit of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def peak_memory() -> str:
-    """`peak_megabytes` in words."""
-    megabytes = peak_megabytes()
-    return f'{megabytes:.0f} MB{" of the GPU" * used_gpu()}' if megabytes > 0 else 'unknown'

@@ -9,13 +9,8 @@ Writes  OUTPUT/test_dataset.png: images of the first of FOLDS as they are valida
     python test_dataset.py AUGMENTATION=strong CROP_SIZE=512
 """
 
+import command_line
 import config
-
-if __name__ == '__main__':
-    import command_line
-
-    command_line.start(__doc__)
-
 import plots
 from dataset import CarvanaDataset
 
@@ -46,8 +41,7 @@ def main() -> None:
         f'{len(plain)} images; image {tuple(item["image"].shape)}, mask {tuple(item["mask"].shape)}'
     )
     print(f'classes in the first mask: {item["mask"].unique().tolist()}; {file}')
-    plots.show(file)
 
 
 if __name__ == '__main__':
-    command_line.run(main)
+    command_line.run(main, __doc__)

@@ -19,60 +19,53 @@ import subprocess
 import sys
 import time
 
-import config
-
-if __name__ == '__main__':
-    import command_line
-
-    OPTIONS = command_line.start(
-        __doc__,
-        {
-            '--steps': {'type': command_line.positive, 'default': 100},
-            '--seeds': {'type': command_line.positive, 'default': 1},
-            '--row': {},  # set for the process of one row
-        },
-    )
-
 import pandas as pd
 import pytorch_lightning as pl
 import torch
 
+import command_line
+import config
 import demo
-import demo_cars
+import files
 import folds
 import plots
 import runtime
-import tables
 from Lightning_module import CarvanaModel
+
+OPTIONS = {
+    '--steps': {'type': command_line.positive_int, 'default': 100},
+    '--seeds': {'type': command_line.positive_int, 'default': 1},
+    '--row': {},  # set for the process of one row
+}
 
 # name -> PRECISION, and whether float32 products may be computed in TF32
 ROWS = {'32': (32, False), '32 with TF32': (32, True), 'bf16': ('bf16', True), '16': (16, True)}
 WARM_UP = 10  # steps in which cuDNN tries its algorithms and the workers start
 
 
-def main() -> None:
-    if OPTIONS.row is not None:
-        print(json.dumps(measure(OPTIONS.row, OPTIONS.steps)))
+def main(options) -> None:
+    if options.row is not None:
+        print(json.dumps(measure(options.row, options.steps)))
         return
-    start, words = time.monotonic(), OPTIONS.words
+    start, arguments = time.monotonic(), options.arguments
     if not config.path(config.TRAIN_PATH).is_dir():
         folder, table = f'{config.INPUT}/demo', f'{config.OUTPUT}/demo/train_folds.csv'
-        words = demo.words(words, INPUT=folder, TRAIN_FOLDS=table)
+        arguments = demo.arguments(arguments, INPUT=folder, TRAIN_FOLDS=table)
         print(f"no images in {config.TRAIN_PATH}: using the demo's cars", flush=True)
-        command_line.override(words)
-        demo_cars.make_dataset(config.path(config.INPUT), demo.CARS, seed=config.SEED)
+        command_line.override(arguments)
+        demo.make_dataset(config.path(config.INPUT), seed=config.SEED)
         folds.main()
     folds.check_up_to_date()
     rows, devices = [], []
     for name in ROWS:
         reason = impossible(name)
-        seeds = range(config.SEED, config.SEED + (0 if reason else OPTIONS.seeds))
-        results = [run_row(name, [*words, f'SEED={seed}']) for seed in seeds]
+        seeds = range(config.SEED, config.SEED + (0 if reason else options.seeds))
+        results = [run_row(name, options.steps, [*arguments, f'SEED={seed}']) for seed in seeds]
         rows.append(summary(name, results, reason))
         devices += [result['device'] for result in results]
         print(f'{name}: {rows[-1]["note"]}', flush=True)
     table, output = pd.DataFrame(rows), config.path(config.OUTPUT)
-    tables.write_table(table, output / 'precision.csv')
+    files.write_table(table, output / 'precision.csv')
     print(table.drop(columns='note').to_string(index=False, na_rep='-'))
     title = f'{config.MODEL_NAME}, {config.CROP_SIZE} pixels, {devices[0]}'
     plots.save(plots.precision(table, title), output / 'precision.png')
@@ -95,9 +88,9 @@ def impossible(name: str) -> str:
     return ''
 
 
-def run_row(name: str, words: list[str]) -> dict:
+def run_row(name: str, steps: int, arguments: list[str]) -> dict:
     """What `measure` gives, from a process of its own; or its device and a note where memory ran out."""
-    command = [sys.executable, __file__, '--row', name, '--steps', str(OPTIONS.steps), *words]
+    command = [sys.executable, __file__, '--row', name, '--steps', str(steps), *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)
@@ -144,7 +137,7 @@ class Clock(pl.Callback):
 
 def measure(name: str, steps: int) -> dict:
     """Train `steps` steps with one precision, then validate: the numbers of a row."""
-    runtime.silence()
+    runtime.hide_warnings()
     config.PRECISION, tf32 = ROWS[name]
     torch.set_float32_matmul_precision('high' if tf32 else 'highest')
     torch.backends.cudnn.allow_tf32 = tf32
@@ -152,7 +145,7 @@ def measure(name: str, steps: int) -> dict:
     pl.seed_everything(config.SEED, workers=True, verbose=False)
     model = CarvanaModel([k for k in range(config.N_FOLDS) if k != held_out], [held_out])
     clock = Clock(WARM_UP)
-    trainer = runtime.bare_trainer(
+    trainer = runtime.quiet_trainer(
         devices=1,
         num_nodes=1,
         strategy='auto',
@@ -170,8 +163,8 @@ def measure(name: str, steps: int) -> dict:
         trainer.fit(model)
     except torch.OutOfMemoryError:
         return {'device': device, 'note': 'not run: out of GPU memory'}
-    peak = runtime.peak_megabytes()
-    share = runtime.waiting(trainer.profiler.recorded_durations)
+    peak = runtime.peak_memory_mb()
+    share = runtime.data_wait_share(trainer.profiler.recorded_durations)
     trainer.validate(model, verbose=False)
     done = max(int(state['step']) for state in trainer.optimizers[0].state.values())
     return {
@@ -187,4 +180,4 @@ def measure(name: str, steps: int) -> dict:
 
 
 if __name__ == '__main__':
-    command_line.run(main)
+    command_line.run(main, __doc__, OPTIONS)

@@ -29,10 +29,9 @@ from torch.utils.data import Dataset
 import command_line
 import config
 import dataset
-import demo_cars
+import demo
 import folds
 import images
-import pairs
 
 
 class OriginalWay(Dataset):
@@ -59,7 +58,7 @@ class OriginalWay(Dataset):
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict:
-        image_file, mask_file = pairs.files_of(self.names[index])
+        image_file, mask_file = folds.files_of(self.names[index])
         image = np.array(Image.open(image_file).convert('RGB'))
         mask = np.array(Image.open(mask_file)).astype(np.float32)
         pair = self.transforms(image=image, mask=mask)
@@ -87,9 +86,9 @@ def reduced_decode(names: list[str], size: int) -> str:
     """How far images decoded at a fraction of their size are from those decoded in full."""
     largest, mean = 0, []
     for name in names:
-        file = pairs.files_of(name)[0]
-        whole = cv2.resize(images.read_image(file)[0], (size, size))
-        difference = np.abs(images.read_image(file, 3, [(size, size)])[0].astype(int) - whole)
+        file = folds.files_of(name)[0]
+        whole = cv2.resize(images.read_image(file), (size, size))
+        difference = np.abs(images.read_image(file, 3, (size, size)).astype(int) - whole)
         largest, mean = max(largest, difference.max()), [*mean, difference.mean()]
     return f'mean difference {np.mean(mean):.2f} of 255, largest {largest}'
 
@@ -98,7 +97,7 @@ def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 32
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        demo_cars.make_dataset(folder, cars=max(2, -(-count // 16)), test_cars=0, size=(1918, 1280))
+        demo.make_dataset(folder, cars=max(2, -(-count // 16)), test_cars=0, size=(1918, 1280))
         words = [f'INPUT={folder}', f'OUTPUT={folder}/output', 'N_FOLDS=2', 'NUM_WORKERS=2']
         for size in (1024, 512, 256):
             command_line.override([*words, f'CROP_SIZE={size}'])

@@ -16,27 +16,29 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'src'))
 
+
 import config
-import demo_cars
+import demo
 import images
 import masks
 import predictor
 import runtime
-from image_files import ImageFiles
 
 
 class OneLayer(torch.nn.Module):
-    """Stands in for a CarvanaModel: logits that follow the green channel, at next to no cost."""
+    """Replaces a CarvanaModel: logits that follow the green channel, at next to no cost."""
 
     def __init__(self, height: int, width: int):
         super().__init__()
-        self.input_form = height, width, 3
+        self.input_size = height, width, 3
+        self.hparams = SimpleNamespace(CLASSES=1, IGNORE_INDEX=None)
         self.layer = torch.nn.Conv2d(1, 1, 1)
         torch.nn.init.constant_(self.layer.weight, 3 / 40)
         torch.nn.init.constant_(self.layer.bias, -8)
@@ -55,19 +57,14 @@ class Decoding(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> int:
-        return images.read_image(self.files[index])[0].shape[0]
+        return images.read_image(self.files[index]).shape[0]
 
 
 def predict(files: list[Path], folder: Path, size: int) -> None:
-    runner = predictor.Predictor({0: OneLayer(size, size)}, [0.5])
-    data = ImageFiles(files, runner.inputs)
-    writer = predictor.predict(
-        runner,
-        data,
-        folder / 'submission.csv',
-        lambda batch, n, mask: masks.rle_encode(mask),
-    )
-    writer.remove_parts()
+    config.OUTPUT = str(folder)
+    model = OneLayer(size, size)
+    batches = predictor.ImageBatches(files, model.input_size)
+    predictor.write_submission(predictor.Predictor([model], [0.5]), batches, [], None)
 
 
 def decode(files: list[Path], *_) -> None:
@@ -83,12 +80,12 @@ def timed(function, *arguments) -> float:
 
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    runtime.silence()
+    runtime.hide_warnings()
     config.NUM_WORKERS = max(1, (os.cpu_count() or 1) - 1)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        demo_cars.make_dataset(folder, cars=0, test_cars=1, size=(1918, 1280))
+        demo.make_dataset(folder, cars=0, test_cars=1, size=(1918, 1280))
         drawn = sorted((folder / 'test_hq').iterdir())
         files = [folder / f'{number:04d}.jpg' for number in range(count)]
         for number, file in enumerate(files):

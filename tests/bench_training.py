@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 import command_line
 import config
-import demo_cars
+import demo
 import folds
 import runtime
 from Lightning_module import CarvanaModel
@@ -74,7 +74,7 @@ class ResidentModel(CarvanaModel):
 
 def images_per_second(model, steps: int, precision) -> float:
     clock = Clock(WARM_UP)
-    trainer = runtime.bare_trainer(
+    trainer = runtime.quiet_trainer(
         precision=precision,
         max_steps=WARM_UP + steps,
         limit_val_batches=0,
@@ -106,9 +106,9 @@ def startup(folder: str, words: list[str]) -> tuple[float, float]:
 def main() -> None:
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 6
     os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'
-    runtime.silence()
+    runtime.hide_warnings()
     with tempfile.TemporaryDirectory() as folder:
-        demo_cars.make_dataset(folder, cars=4, test_cars=0, size=(1918, 1280))
+        demo.make_dataset(folder, cars=4, test_cars=0, size=(1918, 1280))
         words = [f'INPUT={folder}', f'OUTPUT={folder}/output', 'N_FOLDS=2', 'ENCODER_WEIGHTS=None']
         words += [f'CROP_SIZE={SIZE}', f'TRAIN_BATCH_SIZE={BATCH}', 'ACCUMULATE_GRAD_BATCHES=1']
         command_line.override(words)

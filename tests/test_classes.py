@@ -13,12 +13,11 @@ from PIL import Image
 
 import command_line
 import config
-import fold_trainer
+import files
 import folds
 import images
 import Lightning_tester
-import pairs
-import tables
+import Lightning_trainer
 from Lightning_module import CarvanaModel
 
 IGNORED = 11
@@ -53,7 +52,7 @@ def trained(tmp_path_factory):
     try:
         command_line.override(words)
         folds.main()
-        fold_trainer.train_fold(0)
+        Lightning_trainer.train_fold(0)
         Lightning_tester.main()
     finally:
         vars(config).update(before)
@@ -72,9 +71,9 @@ def test_each_class_is_scored_at_the_images_own_size(trained, capsys):
     config.PATH = str(checkpoint)
     model = Lightning_tester.load_models()[0]
     for row in table.itertuples():  # by other code: intersection over each class in turn
-        image_file, mask_file = pairs.files_of(row.img)
+        image_file, mask_file = folds.files_of(row.img)
         truth = np.array(Image.open(mask_file))
-        x = images.read_image(image_file, 3, [(32, 64)])[0]
+        x = images.read_image(image_file, 3, (32, 64))
         with torch.inference_mode():
             p = model(torch.from_numpy(x).permute(2, 0, 1)[None]).softmax(1)
             p = torch.nn.functional.interpolate(p, truth.shape, mode='bilinear')
@@ -116,7 +115,7 @@ def test_a_model_handed_on_needs_nothing_of_this_project(trained, tmp_path):
     )
     command = [sys.executable, '-c', code, str(folder / 'output/model_fold0')]
     subprocess.run(command, cwd=tmp_path, check=True)
-    checkpoint = tables.read_models().checkpoint[0]
+    checkpoint = files.read_models().checkpoint[0]
     model = CarvanaModel.load_from_checkpoint(checkpoint, weights_only=True).eval()
     network = model.model.to(memory_format=torch.contiguous_format)
     with torch.inference_mode():

@@ -12,13 +12,11 @@ from conftest import draw_ellipse, save_mask_gif
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import augmentation
-import cache
 import config
+import dataset
 import folds
-import image_files
 import masks
-import pairs
+import predictor
 from dataset import CarvanaDataset, EpochSampler
 
 
@@ -39,7 +37,7 @@ def test_items_are_eight_bit_tensors(prepared):
 
 def test_validation_items_are_only_resized(prepared):
     data = CarvanaDataset([3])
-    image_file, mask_file = pairs.files_of(data.names[1])
+    image_file, mask_file = folds.files_of(data.names[1])
     image = cv2.resize(np.array(Image.open(image_file)), (32, 32))
     assert np.abs(data[1]['image'].permute(1, 2, 0).numpy().astype(int) - image).max() <= 3
     assert np.array_equal(data[1]['mask'].numpy(), masks.read_mask(mask_file, size=(32, 32)))
@@ -116,14 +114,14 @@ def test_the_border_is_reflected(prepared):
     data = CarvanaDataset([0, 1], train=True)
     white = np.full((32, 32, 3), 255, np.uint8)
     for epoch in range(20):
-        augmentation.seed(data.augment, f'{epoch}')
+        dataset.seed_augmentation(data.augment, f'{epoch}')
         assert data.augment(image=white, mask=white[..., 0])['image'].min() == 255
 
 
 def test_the_original_augmentation_is_the_originals():
     """Fit the affine map of many draws: shift up to 0.0625, scale 0.9 to 1.1, +-15 degrees, p 0.9."""
     config.CROP_SIZE = 200
-    transform = augmentation.shift_scale_rotate(A)
+    transform = A.Affine(**dataset.SHIFT_SCALE_ROTATE)
     shifts, scales, angles, still = [], [], [], 0
     y, x = np.mgrid[:200, :200].astype(np.float32)
     coordinates = np.stack([x, y, np.zeros_like(x)], 2) / 200
@@ -144,7 +142,7 @@ def test_the_original_augmentation_is_the_originals():
     assert np.abs(shifts).max() <= 0.0625 * 200 + 1 and np.abs(shifts).max() > 0.05 * 200
 
 
-@pytest.mark.parametrize('name', augmentation.AUGMENTATIONS)
+@pytest.mark.parametrize('name', dataset.AUGMENTATIONS)
 @pytest.mark.parametrize('channels', [1, 3])
 def test_no_argument_of_an_augmentation_is_ignored(prepared, name, channels):
     config.AUGMENTATION, config.CHANNELS = name, channels
@@ -166,7 +164,7 @@ def test_transforms_of_like_probability_are_drawn_apart(prepared):
     flips = [t for t in data.augment.transforms if t.p == 0.5]
     draws = []
     for epoch in range(64):
-        augmentation.seed(data.augment, f'{epoch}')
+        dataset.seed_augmentation(data.augment, f'{epoch}')
         draws.append([t.py_random.random() < t.p for t in flips])
     assert len(flips) >= 2 and len({tuple(draw) for draw in draws}) > 2
 
@@ -183,28 +181,28 @@ def test_cache_gives_what_the_files_give(prepared):
     assert [f.suffix for f in config.path(config.OUTPUT).glob('cache/*')] == ['']
 
 
-def folder_of_cache():
-    (folder,) = config.path(config.OUTPUT).glob('cache/*')
-    return folder
+def caches() -> set:
+    return set(config.path(config.OUTPUT).glob('cache/*'))
 
 
 def test_cache_is_built_once_and_again_when_something_changes(prepared):
-    cache.open_cache()
-    first = folder_of_cache()
+    """Older caches stay: a training beside this one may use them."""
+    dataset.open_cache()
+    (first,) = caches()
     written = (first / 'images.npy').stat().st_mtime_ns
-    cache.open_cache()
+    dataset.open_cache()
     assert (first / 'images.npy').stat().st_mtime_ns == written
     image, new_mask = draw_ellipse(np.random.default_rng(9))
     name = folds.read_folds().img[0]
-    save_mask_gif(pairs.files_of(name)[1], new_mask)
+    save_mask_gif(folds.files_of(name)[1], new_mask)
     assert np.array_equal(
-        cache.open_cache().load(name)[1], masks.read_mask(pairs.files_of(name)[1], size=(32, 32))
+        dataset.open_cache().load(name)[1],
+        masks.read_mask(folds.files_of(name)[1], size=(32, 32)),
     )
-    second = folder_of_cache()
-    assert second != first
+    assert len(caches()) == 2
     config.CROP_SIZE = 16
-    assert cache.open_cache().images.shape == (10, 16, 16, 3)
-    assert folder_of_cache() != second
+    assert dataset.open_cache().images.shape == (10, 16, 16, 3)
+    assert len(caches()) == 3 and first in caches()
 
 
 def test_a_cache_that_was_being_built_is_not_trusted(prepared, monkeypatch):
@@ -212,36 +210,31 @@ def test_a_cache_that_was_being_built_is_not_trusted(prepared, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pairs, 'read_pair', fail)
+        patch.setattr(dataset, 'read_pair', fail)
         with pytest.raises(KeyboardInterrupt):
-            cache.open_cache()
+            dataset.open_cache()
     assert not list(config.path(config.OUTPUT).glob('cache/*'))
-    assert cache.open_cache().load(folds.read_folds().img[0])[0].any()
+    assert dataset.open_cache().load(folds.read_folds().img[0])[0].any()
 
 
-def test_files_to_predict(prepared):
-    files = [pairs.files_of(name) for name in folds.read_folds().img[:3]]
-    data = image_files.ImageFiles(
-        [image for image, _ in files],
-        [(32, 32, 3), (16, 32, 3), (16, 16, 1)],
-        [mask for _, mask in files],
-    )
-    batch = image_files.collate_files([data[i] for i in range(3)])
-    assert sorted(tuple(x.shape) for x in batch['images']) == [
-        (3, 1, 16, 16), (3, 3, 16, 32), (3, 3, 32, 32)]  # fmt: skip
-    for form, x in zip(data.inputs, batch['images']):
-        assert tuple(x.shape[1:]) == (form[2], form[0], form[1])
-    assert batch['shape'] == [(48, 64)] * 3
-    assert batch['mask'][0].shape == (48, 64)
-    assert batch['img'] == [image.name for image, _ in files]
+def test_batches_to_predict(prepared):
+    config.VAL_BATCH_SIZE = 2
+    files = [folds.files_of(name) for name in folds.read_folds().img[:3]]
+    image_files, mask_files = zip(*files)
+    batches = predictor.ImageBatches(image_files, (16, 32, 1), mask_files)
+    assert [len(batches[number]['img']) for number in range(len(batches))] == [2, 1]
+    batch = batches[0]
+    assert batch['image'].shape == (2, 1, 16, 32) and batch['image'].dtype == torch.uint8
+    assert batch['shape'] == [(48, 64)] * 2 and batch['mask'][0].shape == (48, 64)
+    assert batch['img'] == [image.name for image in image_files[:2]]
 
 
 def test_a_cache_is_built_once_by_two_that_want_it(prepared, monkeypatch):
     """As two machines on one disk; threads stand for their processes."""
-    built, build = [], cache.build
-    monkeypatch.setattr(cache, 'build', lambda *args: (built.append(1), build(*args)))
+    built, build = [], dataset.build_cache
+    monkeypatch.setattr(dataset, 'build_cache', lambda *args: (built.append(1), build(*args)))
     with ThreadPoolExecutor(2) as pool:
-        names = [f.result().row for f in [pool.submit(cache.open_cache) for _ in range(2)]]
+        names = [f.result().row for f in [pool.submit(dataset.open_cache) for _ in range(2)]]
     assert len(built) == 1 and names[0] == names[1]
 
 

@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import pytest
@@ -67,14 +66,11 @@ def test_training_on_two_devices_and_the_death_of_one(uneven):
     for line in process.stdout:
         if 'epoch   1/' in line:
             break
-    (rank0,) = children(process.pid)
-    (rank1,) = (pid for pid in children(rank0) if b'LOCAL_RANK=1' in environ(pid))
+    (rank1,) = (pid for pid in children(process.pid) if b'LOCAL_RANK=1' in environ(pid))
     os.kill(rank1, signal.SIGKILL)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode not in (0, None)
     assert 'RESUME=True goes on' in rest and 'Traceback' not in rest
-    time.sleep(3)
-    assert not os.path.exists(f'/proc/{rank0}')
 
 
 def children(pid: int) -> list[int]:
@@ -86,18 +82,29 @@ def environ(pid: int) -> bytes:
         return file.read()
 
 
-def test_the_folds_processes_meet_at_ports_of_their_own(monkeypatch):
-    """Under torchrun, whose agent keeps its own port, and under SLURM; elsewhere Lightning chooses."""
-    import Lightning_trainer
+def test_several_folds_in_one_launch_are_refused(uneven):
+    _, words = uneven
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']
+    text = launch(*torchrun, SRC / 'Lightning_trainer.py', *words, 'FOLDS=[0, 1]').communicate()[0]
+    assert 'one launch of torchrun or srun trains one fold' in text
 
-    for name in ('MASTER_PORT', 'SLURM_NTASKS', 'SLURM_JOB_ID'):
-        monkeypatch.delenv(name, raising=False)
-    assert 'MASTER_PORT' not in Lightning_trainer.environment(2)
-    monkeypatch.setenv('SLURM_JOB_ID', '123456')
-    assert 'MASTER_PORT' not in Lightning_trainer.environment(2)
-    monkeypatch.setenv('SLURM_NTASKS', '4')
-    ports = {Lightning_trainer.environment(fold)['MASTER_PORT'] for fold in range(5)}
-    assert len(ports) == 5 and all(15000 <= int(port) < 65536 for port in ports)
-    monkeypatch.setenv('MASTER_PORT', '29500')
-    found = Lightning_trainer.environment(2)
-    assert found['MASTER_PORT'] == '29503' and found['TORCHELASTIC_USE_AGENT_STORE'] == 'False'
+
+def test_more_processes_than_batches(uneven, tmp_path):
+    """3 images are one batch: the second process has nothing to do."""
+    folder, words = uneven
+    test = tmp_path / 'test'
+    test.mkdir()
+    for file in sorted((folder / 'input/train_hq').iterdir())[:3]:
+        (test / file.name).write_bytes(file.read_bytes())
+    checkpoint = pd.read_csv(folder / 'output/models.csv').checkpoint[0]
+    texts = []
+    for devices in (1, 2):
+        given = [*words, f'PATH={checkpoint}', f'TEST_PATH={test}', f'DEVICES={devices}']
+        given += ['VAL_BATCH_SIZE=4', f'OUTPUT={tmp_path}/{devices}']
+        given.append(f'TRAIN_FOLDS={folder}/output/train_folds.csv')
+        result = run_script('Lightning_tester.py', *given)
+        assert result.returncode == 0, result.stderr
+        texts.append(
+            [(tmp_path / f'{devices}/{name}.csv').read_text() for name in ('oof', 'submission')]
+        )
+    assert texts[0] == texts[1] and texts[0][1].count('\n') == 4

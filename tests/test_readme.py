@@ -69,7 +69,7 @@ def test_the_environment_is_activated_before_the_first_bare_python():
 
 def test_the_example_of_ones_own_images_runs_as_it_stands(tmp_path):
     """The two lines that make the images, and the three steps, from a copy of the project in a folder
-    with a space in its name, in an activated shell: one whose PATH begins with this interpreter's folder."""
+    with a space in its name, in an activated shell: its PATH begins with this interpreter's folder."""
     project = tmp_path / 'my project'
     shutil.copytree(SRC, project / 'src', ignore=shutil.ignore_patterns('__pycache__'))
     make, run = (block for block in BLOCKS if 'own/' in block)

@@ -16,13 +16,12 @@ from conftest import SRC, environment, make_carvana, run_script, settings
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
 
+import callbacks
 import command_line
 import config
-import fold_trainer
 import folds
 import Lightning_tester
-import out_of_fold
-import runs
+import Lightning_trainer
 
 # By hand, some ten minutes: KILLS=20 python -m pytest tests/test_resume.py -k again
 KILLS = int(os.environ.get('KILLS', 1))
@@ -49,6 +48,10 @@ def undisturbed(tmp_path_factory):
         result = run_script(script, *words)
         assert result.returncode == 0, result.stderr
     return folder, words
+
+
+def read_epoch(file) -> int:
+    return torch.load(file, weights_only=True)['epoch']
 
 
 def weights(folder, version, name):
@@ -95,15 +98,17 @@ def test_finished_folds_are_left_alone_and_other_constants_refused(undisturbed, 
     folder, words = undisturbed
     before = (folder / 'output/models.csv').read_bytes()
     command_line.override([*words, 'RESUME=True'])
-    fold_trainer.train_fold(0)
+    Lightning_trainer.train_fold(0)
     assert f'fold 0 is finished, {config.EPOCHS} epochs' in capsys.readouterr().out
     assert (folder / 'output/models.csv').read_bytes() == before
     command_line.override([*words, 'RESUME=True', 'LR=0.5', 'LOSS=CE'])
-    with pytest.raises(config.UserMistake, match='begun with LOSS=IoULoss, LR=0.001: set the same'):
-        fold_trainer.train_fold(0)
+    with pytest.raises(
+        config.UserMistake, match='started with LOSS=IoULoss, LR=0.001: set the same'
+    ):
+        Lightning_trainer.train_fold(0)
     command_line.override([*words, 'RESUME=True', 'EPOCHS=2'])
-    with pytest.raises(config.UserMistake, match=r'begun with EPOCHS=\d: set the same'):
-        fold_trainer.train_fold(0)
+    with pytest.raises(config.UserMistake, match=r'started with EPOCHS=\d: set the same'):
+        Lightning_trainer.train_fold(0)
 
 
 def test_more_epochs_go_on_from_the_last_in_a_folder_that_was_moved(undisturbed, tmp_path, capsys):
@@ -112,7 +117,7 @@ def test_more_epochs_go_on_from_the_last_in_a_folder_that_was_moved(undisturbed,
     best = pd.read_csv(folder / 'output/models.csv').checkpoint[0]
     moved = [f'LOGS_PATH={tmp_path}/moved', f'OUTPUT={tmp_path}/output', 'EPOCHS=5', 'RESUME=True']
     command_line.override([*words, *moved, f'TRAIN_FOLDS={folder}/output/train_folds.csv'])
-    fold_trainer.train_fold(0)
+    Lightning_trainer.train_fold(0)
     told = capsys.readouterr().out
     assert 'epoch   5/5' in told and 'epoch   3/5' not in told
     row = pd.read_csv(tmp_path / 'output/models.csv').iloc[0]
@@ -132,7 +137,7 @@ def test_a_resumed_run_is_the_same_with_workers(undisturbed, tmp_path):
         given = [f'LOGS_PATH={logs}', f'OUTPUT={tmp_path}/output', f'NUM_WORKERS={workers}']
         given += [f'TRAIN_FOLDS={folder}/output/train_folds.csv', 'EPOCHS=5', 'RESUME=True']
         command_line.override([*words, *given])
-        fold_trainer.train_fold(0)
+        Lightning_trainer.train_fold(0)
         file = logs / 'version_0/checkpoints/last.ckpt'
         states.append(torch.load(file, weights_only=True)['state_dict'])
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -143,13 +148,13 @@ def test_an_epoch_that_is_not_the_best_is_kept_as_the_last(undisturbed, tmp_path
     given = [f'LOGS_PATH={tmp_path}/logs', f'OUTPUT={tmp_path}/output', 'EPOCHS=2', 'LR=1e-12']
     given.append(f'TRAIN_FOLDS={folder}/output/train_folds.csv')
     command_line.override([*words, *given])
-    fold_trainer.train_fold(0)
+    Lightning_trainer.train_fold(0)
     files = [file.name for file in (tmp_path / 'logs/version_0/checkpoints').iterdir()]
     assert len(files) == 2 and 'last.ckpt' in files
     config.RESUME = True
-    found = runs.last_run(0)
-    assert found['epoch'] == 1 and len(found['history']) == 2 and found['best'].is_file()
-    fold_trainer.train_fold(0)
+    found = callbacks.find_run(0)
+    assert len(found.history) == 2 and found.best.is_file()
+    Lightning_trainer.train_fold(0)
     assert 'fold 0 is finished, 2 epochs' in capsys.readouterr().out
 
 
@@ -159,23 +164,27 @@ def test_what_kills_leave_behind_is_cleared_up(undisturbed, tmp_path):
     shutil.copytree(folder / 'logs', tmp_path / 'logs')
     command_line.override([*words, f'LOGS_PATH={tmp_path}/logs', 'RESUME=True'])
     checkpoints = tmp_path / 'logs/version_0/checkpoints'
-    whole = runs.last_run(0)
+    assert callbacks.find_run(0).checkpoint.name == 'last.ckpt'
     state = torch.load(checkpoints / 'last.ckpt', weights_only=True)
+    epoch = state['epoch']
     state['epoch'] += 1  # as if the next epoch's best had been written, and last.ckpt not yet
     key = next(key for key in state['callbacks'] if key.startswith('Best'))
     state['callbacks'][key]['best_model_path'] = '/elsewhere/epoch=9-val_dice=0.9999.ckpt'
     newer = checkpoints / 'epoch=9-val_dice=0.9999.ckpt'
     torch.save(state, newer)
     (tmp_path / 'logs/version_1/checkpoints').mkdir(parents=True)
-    (tmp_path / 'logs/version_1/hparams.yaml').write_text('')
+    (tmp_path / 'logs/version_1/hparams.yaml').write_text('val_folds: [0]\n')
+    (tmp_path / 'logs/version_3').mkdir()  # of another fold, which may be starting now
+    (tmp_path / 'logs/version_3/hparams.yaml').write_text('val_folds: [1]\n')
     (tmp_path / 'logs/version_2').mkdir()
     (tmp_path / 'logs/version_2/notes.txt').write_text('mine')
-    found = runs.last_run(0)
-    assert found['best'] == newer and found['file'].name == 'last.ckpt'
-    assert found['epoch'] == whole['epoch'] + 1
-    assert set(checkpoints.iterdir()) == {newer, found['file']}
-    assert {f.name for f in (tmp_path / 'logs').glob('v*')} == {'version_0', 'version_2'}
-    assert runs.last_run(1) is None
+    found = callbacks.find_run(0)
+    assert found.best == newer and found.checkpoint.name == 'last.ckpt'
+    assert read_epoch(found.checkpoint) == read_epoch(newer) == epoch + 1
+    assert set(checkpoints.iterdir()) == {newer, found.checkpoint}
+    assert {f.name for f in (tmp_path / 'logs').glob('v*')} == {
+        'version_0', 'version_2', 'version_3'}  # fmt: skip
+    assert callbacks.find_run(1) is None
 
 
 def test_sigterm_ends_tidily(undisturbed, tmp_path):
@@ -206,17 +215,20 @@ def test_a_killed_tester_goes_on_to_the_same_bytes(undisturbed, tmp_path):
     whole = run_script('Lightning_tester.py', *given, f'OUTPUT={tmp_path}/whole')
     assert whole.returncode == 0, whole.stderr
     killed = [*given, f'OUTPUT={tmp_path}/killed', 'RESUME=True']
-    part = tmp_path / 'killed/submission.csv.part0'
+
+    def part():
+        return next((tmp_path / 'killed').glob('submission.*.part0'), tmp_path / 'none')
+
     for lines in (10, 80):
         process = start(tmp_path, 'Lightning_tester.py', *killed)
         for _ in range(600):
             time.sleep(0.05)
-            if part.exists() and part.read_bytes().count(b'\n') > lines:
+            if part().exists() and part().read_bytes().count(b'\n') > lines:
                 break
         process.kill()
         process.wait()
         assert not (tmp_path / 'killed/submission.csv').exists()
-    with part.open('ab') as file:
+    with part().open('ab') as file:
         file.write(b'149.jpg,1 2')  # a line that was being written
     result = run_script('Lightning_tester.py', *killed)
     assert result.returncode == 0, result.stderr
@@ -238,16 +250,16 @@ def test_other_images_in_the_folds_are_refused(undisturbed, tmp_path, capsys):
     command_line.override([*words, other, 'SEED=7'])
     folds.main()
     command_line.override([*words, other, 'RESUME=True', 'EPOCHS=9'])
-    with pytest.raises(config.UserMistake, match='begun with other images in its folds'):
-        fold_trainer.train_fold(0)
+    with pytest.raises(config.UserMistake, match='started with other images in its folds'):
+        Lightning_trainer.train_fold(0)
     command_line.override([*words, other, f'OUTPUT={tmp_path}/out'])
     checkpoint = str(folder / pd.read_csv(folder / 'output/models.csv').checkpoint[0])
     models = {0: Lightning_tester.load_model(checkpoint)}
     with pytest.raises(config.UserMistake, match='fold 0 of .*other.csv has other images'):
-        out_of_fold.score(models)
+        Lightning_tester.score_out_of_fold(models)
     for given in ([other], [f'TRAIN_FOLDS={folder}/output/train_folds.csv', 'TRAIN_PATH=/none']):
         command_line.override([*words, *given, f'OUTPUT={tmp_path}/out', f'PATH={checkpoint}'])
-        assert out_of_fold.score(models) == 0.5
+        assert Lightning_tester.score_out_of_fold(models) == 0.5
         assert 'nothing to score out of fold' in capsys.readouterr().out
     assert not (tmp_path / 'out').exists()
 
@@ -260,12 +272,13 @@ def test_rank_0_alone_clears_up_and_what_is_the_users_stays(undisturbed, tmp_pat
     shutil.copy(checkpoints / 'last.ckpt', checkpoints / 'my_favourite.ckpt')
     shutil.copy(checkpoints / 'last.ckpt', checkpoints / 'epoch=0-val_dice=0.0001.ckpt')
     (tmp_path / 'logs/version_1/checkpoints').mkdir(parents=True)
+    (tmp_path / 'logs/version_1/hparams.yaml').write_text('val_folds: [0]\n')
     before = set((tmp_path / 'logs').rglob('*'))
     monkeypatch.setattr(rank_zero_only, 'rank', 1)
-    second = runs.last_run(0)
+    second = callbacks.find_run(0)
     assert set((tmp_path / 'logs').rglob('*')) == before
     monkeypatch.setattr(rank_zero_only, 'rank', 0)
-    assert runs.last_run(0) == second
+    assert callbacks.find_run(0) == second
     assert {file.name for file in checkpoints.iterdir()} == {
-        'last.ckpt', 'my_favourite.ckpt', second['best'].name}  # fmt: skip
+        'last.ckpt', 'my_favourite.ckpt', second.best.name}  # fmt: skip
     assert not (tmp_path / 'logs/version_1').exists()

@@ -1,5 +1,7 @@
 """The tester's parts in this process: what it predicts, what it refuses."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,9 +14,7 @@ import config
 import images
 import Lightning_tester
 import masks
-import out_of_fold
 import predictor
-from image_files import ImageFiles
 from Lightning_module import CarvanaModel
 
 
@@ -26,8 +26,13 @@ def model(tmp_path):
     return CarvanaModel([1], [0]).eval()
 
 
+def predict(models, threshold=0.5):
+    config.PATH = __file__  # stands for the checkpoint
+    Lightning_tester.predict_test(models, threshold, Lightning_tester.list_test_files())
+
+
 def submission(model):
-    Lightning_tester.predict_test({0: model}, 0.5)
+    predict({0: model})
     table = pd.read_csv(config.path(config.OUTPUT) / 'submission.csv', keep_default_na=False)
     return dict(zip(table.img, table.rle_mask))
 
@@ -57,14 +62,15 @@ def test_images_of_different_sizes_share_a_batch(model, tmp_path):
     rows = submission(model)
     for number, size in enumerate([(40, 60), (61, 33), (32, 32)]):
         mask = masks.rle_decode(rows[f'{number}.png'], size)
-        alone = predictor.predict_one(model, tmp_path / f'test/{number}.png', 0.5)
-        assert np.array_equal(mask, alone)
+        batch = predictor.ImageBatches([tmp_path / f'test/{number}.png'], model.input_size)
+        (alone,) = predictor.predict(predictor.Predictor([model], [0.5]), batch)
+        assert mask.shape == alone.shape and (mask != alone).mean() < 1e-3
 
 
 def test_no_images_to_predict_is_no_error(model, tmp_path, capsys):
     for folder in (tmp_path / 'test', tmp_path / 'none'):
         config.TEST_PATH = str(folder)
-        Lightning_tester.predict_test({0: model}, 0.5)
+        predict({0: model})
         assert 'nothing to predict' in capsys.readouterr().out
     assert not (tmp_path / 'output/submission.csv').exists()
 
@@ -114,7 +120,7 @@ def test_a_bad_image_is_named_before_anything_is_predicted(model, tmp_path, kind
 
 def test_an_empty_mask_is_an_empty_cell(model, tmp_path):
     Image.new('RGB', (64, 48)).save(tmp_path / 'test/a.png')
-    Lightning_tester.predict_test({0: model}, 1.0)
+    predict({0: model}, 1.0)
     assert (tmp_path / 'output/submission.csv').read_text() == 'img,rle_mask\na.png,\n'
 
 
@@ -122,27 +128,24 @@ def test_probabilities_are_averaged_before_the_threshold_and_mirrored(model, tmp
     other = CarvanaModel([0], [1]).eval()
     file = tmp_path / 'test/a.png'
     Image.fromarray(draw_ellipse(np.random.default_rng(3))[0]).save(file)
-    runner = predictor.Predictor({0: model, 1: other}, [0.5], mirrored=True)
-    from image_files import collate_files
-
-    batch = collate_files([ImageFiles([file], runner.inputs)[0]])
-    x = batch['images'][0]
+    runner = predictor.Predictor([model, other], [0.5], tta=True)
+    x = predictor.ImageBatches([file], model.input_size)[0]['image']
     with torch.inference_mode():
-        (p,) = runner.probabilities(batch, list(runner.models))
+        p = runner.probabilities(x)
         parts = [m(x).sigmoid() for m in (model, other)]
         parts += [m(x.flip(-1)).sigmoid().flip(-1) for m in (model, other)]
-        expected = torch.nn.functional.interpolate(sum(parts) / 4, (48, 64), mode='bilinear')
-    assert torch.allclose(p, expected, atol=1e-6)
+    assert torch.allclose(p, sum(parts) / 4, atol=1e-6)
 
 
-def test_counts_at_many_thresholds_agree_with_each_by_itself():
+def test_counts_at_many_thresholds_agree_with_each_by_itself(model):
     generator = torch.Generator().manual_seed(0)
     p = torch.rand(1, 1, 30, 40, generator=generator).round(decimals=2)  # some on the thresholds
     mask = torch.randint(0, 2, (30, 40), generator=generator).to(torch.uint8)
     mask[:3] = 255
-    runner = predictor.Predictor({}, out_of_fold.GRID)
-    counts = runner.counts(p, mask, 255)
-    for row, threshold in zip(counts, torch.tensor(out_of_fold.GRID)):
+    config.IGNORE_INDEX = 255
+    runner = predictor.Predictor([CarvanaModel([1], [0])], Lightning_tester.THRESHOLDS)
+    counts = runner.count(p, mask)
+    for row, threshold in zip(counts, torch.tensor(Lightning_tester.THRESHOLDS)):
         positive, valid = (p[0, 0] > threshold) & (mask != 255), mask == 1
         expected = [(positive & valid).sum(), (positive & ~valid).sum(), (~positive & valid).sum()]
         assert row[:, 0].tolist() == [int(x) for x in expected]
@@ -154,26 +157,19 @@ def save_checkpoint(file, **constants):
     torch.save({**saved, 'pytorch-lightning_version': '2.6.0'}, file)
 
 
-def test_models_that_disagree_in_classes_are_refused_with_both_names(model, tmp_path):
+@pytest.mark.parametrize(('name', 'value'), [('CLASSES', 3), ('CROP_SIZE', 64), ('LOSS', 'CE')])
+def test_models_trained_with_other_constants_are_refused_with_both_names(
+    model, tmp_path, name, value
+):
     save_checkpoint(tmp_path / 'one.ckpt')
-    save_checkpoint(tmp_path / 'three.ckpt', CLASSES=3)
+    save_checkpoint(tmp_path / 'two.ckpt', **{name: value})
     (tmp_path / 'output').mkdir()
-    rows = [
-        f'{fold},v,{tmp_path}/{name}.ckpt,0.9,0.8' for fold, name in enumerate(['one', 'three'])
-    ]
+    rows = [f'{fold},v,{tmp_path}/{file}.ckpt,0.9,0.8' for fold, file in enumerate(['one', 'two'])]
     header = 'fold,version,checkpoint,val_dice,val_iou'
     (tmp_path / 'output/models.csv').write_text('\n'.join([header, *rows]) + '\n')
-    with pytest.raises(
-        config.UserMistake, match=r'one\.ckpt has CLASSES=1.*three\.ckpt has CLASSES=3'
-    ):
+    first = f'one.ckpt has {name}={getattr(config, name)!r}'
+    with pytest.raises(config.UserMistake, match=f'{first}, .*two.ckpt has {name}={value!r}'):
         Lightning_tester.load_models()
-
-
-def test_models_may_differ_in_size(model, tmp_path):
-    Image.fromarray(draw_ellipse(np.random.default_rng(3))[0]).save(tmp_path / 'test/a.png')
-    other = CarvanaModel([0], [1], CROP_SIZE=[64, 32], MODEL_NAME='smp_fpn_resnet18').eval()
-    Lightning_tester.predict_test({0: model, 1: other}, 0.5)
-    assert (tmp_path / 'output/submission.csv').read_text().startswith('img,rle_mask\na.png,')
 
 
 def test_code_in_a_checkpoint_is_never_run(model, tmp_path):
@@ -197,19 +193,20 @@ def test_ones_own_images_are_predicted_beside_another_list(model, tmp_path, caps
     assert 'lists none of the images' in capsys.readouterr().out
 
 
-def test_images_of_the_same_name_elsewhere_are_another_job(model, tmp_path):
-    """A killed run's lines are of its own folder."""
-    config.RESUME = True
-    jobs = []
+def test_a_killed_run_on_other_images_is_not_resumed(model, tmp_path):
+    """The files have the same names, in another folder."""
+    config.RESUME, config.VAL_BATCH_SIZE, rows, unlink = True, 1, [], Path.unlink
     for number, folder in enumerate(('test', 'other')):
         (tmp_path / folder).mkdir(exist_ok=True)
-        file = tmp_path / folder / 'a.png'
-        Image.fromarray(draw_ellipse(np.random.default_rng(number))[0]).save(file)
-        runner = predictor.Predictor({0: model}, [0.5])
-        files = ImageFiles([file], runner.inputs)
-        writer = predictor.predict(runner, files, tmp_path / 'x.csv', lambda *_: '')
-        jobs.append(writer.job)
-    assert jobs[0] != jobs[1]
+        for name in 'ab':
+            image, _ = draw_ellipse(np.random.default_rng(number))
+            Image.fromarray(image).save(tmp_path / f'{folder}/{name}.png')
+        config.TEST_PATH = str(tmp_path / folder)
+        with pytest.MonkeyPatch.context() as patch:  # as if killed before the parts were joined
+            patch.setattr(Path, 'unlink', lambda f, **k: '.part' in f.name or unlink(f, **k))
+            rows.append(submission(model))
+    assert len(list((tmp_path / 'output').glob('*.part0'))) == 2
+    assert rows[0] != rows[1]
 
 
 def test_what_is_not_predicted_is_told(model, tmp_path, capsys):
@@ -217,7 +214,7 @@ def test_what_is_not_predicted_is_told(model, tmp_path, capsys):
     but = 'no images *.png (IMAGE_SUFFIX), but 1 .jpg'
     for folder, told in (('test', but), ('x', 'no such folder')):
         config.TEST_PATH = str(tmp_path / folder)
-        Lightning_tester.predict_test({0: model}, 0.5)
+        predict({0: model})
         assert f'{told}: nothing to predict' in capsys.readouterr().out
     with pytest.raises(config.UserMistake, match='is a folder: .* PATH to a .ckpt'):
         Lightning_tester.load_model(str(tmp_path))

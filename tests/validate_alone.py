@@ -9,20 +9,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'src'))
 
+import pytorch_lightning as pl
+
 import command_line
+import runtime
+from Lightning_module import CarvanaModel
 
 
 def main() -> None:
-    command_line.start(__doc__)
-    import pytorch_lightning as pl
-
-    import runtime
-    from Lightning_module import CarvanaModel
-
-    runtime.silence()
+    runtime.hide_warnings()
     pl.seed_everything(3, verbose=False)
     model = CarvanaModel([1, 2], [0])
-    trainer = runtime.bare_trainer()
+    trainer = runtime.quiet_trainer()
     trainer.validate(model, verbose=False)
     if trainer.is_global_zero:
         scores = {name: value.item() for name, value in trainer.callback_metrics.items()}
@@ -30,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    command_line.run(main, __doc__)
