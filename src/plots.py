@@ -31,7 +31,8 @@ def rgb(colour: str) -> np.ndarray:
 def figure(rows: int, columns: int, width: float, height: float, title: str = ''):
     """A figure and its axes (rows, columns), each `width` x `height` inches."""
     fig = Figure(figsize=(width * columns, height * rows), layout='constrained', dpi=110)
-    fig.suptitle(title, fontsize=11) if title else None
+    if title:
+        fig.suptitle(title, fontsize=11)
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 

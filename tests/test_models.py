@@ -97,17 +97,25 @@ def test_pretrained_weights_come_through_the_hub(tmp_path, monkeypatch):
     assert torch.equal(model.encoder.conv1.weight, donor.conv1.weight)
 
 
-@pytest.mark.parametrize('prefix', ['', 'encoder.', 'model.encoder.', 'module.', 'backbone.'])
-@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize(
+    ('prefix', 'suffix'),
+    [
+        ('', '.pth'),
+        ('encoder.', '.pt'),
+        ('model.encoder.', '.ckpt'),
+        ('module.', '.safetensors'),
+        ('backbone.', '.safetensors'),
+    ],
+)
 def test_weights_files_of_many_layouts(tmp_path, capsys, prefix, suffix):
     donor = get_encoder('resnet18')
     state = {prefix + name: tensor for name, tensor in donor.state_dict().items()}
     state |= {'fc.weight': torch.zeros(3, 3), 'model.decoder.conv1.weight': torch.zeros(5)}
     file = tmp_path / f'weights{suffix}'
-    if suffix == '.pth':
-        torch.save({'state_dict': state, 'epoch': 3}, file)
-    else:
+    if suffix == '.safetensors':
         safetensors.torch.save_file(state, file)
+    else:
+        torch.save({'state_dict': state, 'epoch': 3}, file)
     model = model_dispatcher.build_model('smp_fpn_resnet18', weights=str(file))
     own = model.encoder.state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in donor.state_dict().items())
