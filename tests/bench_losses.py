@@ -1,11 +1,15 @@
-"""Every loss on the demo's cars: Dice after the same number of steps, and time per call.
+"""Benchmark of the losses on the demo's cars: Dice after equal training, and time per call.
+
+Reads   input/demo, which demo.py draws.
+Writes  output/losses.md.
 
     python src/demo.py --only-draw
-    python tests/bench_losses.py                  writes output/losses.md
+    python tests/bench_losses.py                  all losses, minutes each
+    python tests/bench_losses.py CE IoULoss       some of them
 
-One process, one small model per loss from the same weights, the same batches in the same order:
-250 steps of 8 images at 64 x 96 on the first cars, scored on the others at that size. Times are per
-forward and backward at 1280 x 1918, one image, one CPU core, against plain CE in turn, median of 3.
+Each loss trains a small model from the same weights on the same batches: 250 steps of 8 images of
+64 x 96 pixels. The last third of the images is held out for the Dice. The time is that of a forward
+and a backward pass on one 1280 x 1918 image and one CPU core, relative to CE (median of 3).
 """
 
 import statistics
@@ -18,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'src'))
 
 import config
+import dataset
 import dice_loss
 import metrics
 import model_dispatcher
@@ -26,23 +31,24 @@ SIZE, STEPS, BATCH = (64, 96), 250, 8
 
 
 def load(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images, float (N, 3, H, W) of about -1..1, and masks (N, H, W), in the order of the cars."""
-    pairs = []
+    """Images (N, 3, H, W) scaled to -1..1, and masks (N, H, W), ordered by name."""
+    images, masks = [], []
     for file in sorted((folder / 'train_hq').iterdir()):
-        mask = folder / 'train_masks' / f'{file.stem}_mask.gif'
-        pairs.append(pairs.read_pair(file, mask, SIZE, 3, 1, None))
-    x = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in pairs])
-    return x / 127.5 - 1, torch.stack([torch.from_numpy(mask) for _, mask in pairs])
+        mask_file = folder / 'train_masks' / f'{file.stem}_mask.gif'
+        image, mask = dataset.read_pair(file, mask_file, SIZE, 3, 1, None)
+        images.append(torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1)
+        masks.append(torch.from_numpy(mask))
+    return torch.stack(images), torch.stack(masks)
 
 
 def train(loss, x, y, held_out: torch.Tensor) -> float:
-    """Mean Dice over the held-out images after STEPS steps of Adam."""
+    """Train a model with a loss. Return the mean Dice of the held-out images."""
     torch.manual_seed(0)
     model = model_dispatcher.build_model('smp_linknet_tu-regnetx_002')
     optimizer = torch.optim.Adam(model.parameters(), 0.002)
-    own = torch.arange(len(x))[~held_out]
+    trained = torch.arange(len(x))[~held_out]
     for _ in range(STEPS):
-        batch = own[torch.randint(len(own), (BATCH,))]
+        batch = trained[torch.randint(len(trained), (BATCH,))]
         optimizer.zero_grad()
         loss(model(x[batch]), y[batch]).backward()
         optimizer.step()
@@ -55,11 +61,11 @@ def train(loss, x, y, held_out: torch.Tensor) -> float:
 
 
 def ratio(loss, base) -> float:
-    """Time of a forward and a backward pass at Carvana's size against another loss's, in turn."""
+    """Time of a forward and a backward pass at Carvana's size, relative to `base`."""
     logits = torch.randn(1, 1, 1280, 1918, requires_grad=True)
     mask = (torch.rand(1, 1280, 1918) < 0.2).to(torch.uint8)
     times = {base: [], loss: []}
-    for _ in range(4):  # the first is a warm-up
+    for _ in range(4):  # in turn, as other load on the machine varies; the first is a warm-up
         for each in times:
             start = time.perf_counter()
             each(logits, mask).backward()
@@ -68,7 +74,6 @@ def ratio(loss, base) -> float:
 
 
 def main() -> None:
-    """All losses, or those named on the command line."""
     torch.set_num_threads(1)
     x, y = load(config.path('input/demo'))
     held_out = torch.arange(len(x)) >= len(x) * 2 // 3
