@@ -1,6 +1,5 @@
 """The pictures that the scripts write, in colours that colour-blind people can tell apart."""
 
-import os
 from pathlib import Path
 
 import cv2
@@ -9,7 +8,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
 import files
 
@@ -148,9 +146,3 @@ def precision(table, title: str) -> Figure:
         axis.spines[['top', 'right']].set_visible(False)
     axes[0, 0].set_yticklabels(table.precision)
     return fig
-
-
-def show(file: Path) -> None:
-    """Open a picture if there is a screen."""
-    if os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY') or os.name == 'nt':
-        Image.open(file).show()

@@ -61,13 +61,13 @@ class ImageBatches(Dataset):
             batch['img'].append(file.name)
             batch['shape'].append(images.header(file)[1])
         if self.mask_files is not None:
-            batch['mask'] = [self.read_mask(index) for index in indices]
+            batch['mask'] = [self.read_mask(*pair) for pair in zip(indices, batch['shape'])]
         return {'image': dataset.stack_images(tensors), **batch}
 
-    def read_mask(self, index: int) -> torch.Tensor:
+    def read_mask(self, index: int, shape: tuple[int, int]) -> torch.Tensor:
         file, image_file = self.mask_files[index], self.image_files[index]
         mask = masks.read_mask(file, *self.mask_rule)
-        if mask.shape != images.header(image_file)[1]:
+        if mask.shape != shape:
             raise config.UserMistake(f'{file}: not the size of its image {image_file.name}')
         return torch.from_numpy(mask)
 

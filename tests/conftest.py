@@ -9,6 +9,7 @@ os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import command_line
@@ -23,6 +24,15 @@ def restore_config():
     before = dict(vars(config))
     yield
     vars(config).update(before)
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    """On a busy machine, threads make small tensors many times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def draw_ellipse(rng, height: int = 48, width: int = 64) -> tuple[np.ndarray, np.ndarray]:

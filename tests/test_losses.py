@@ -27,13 +27,7 @@ every_loss = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """On a busy machine, threads make small tensors many times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def scene(classes, n=2, size=(7, 9), ignored=0.0, seed=0, block=3, dtype=torch.float32):

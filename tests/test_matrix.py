@@ -14,13 +14,7 @@ REFUSED = {'smp_unetplusplus_mit_b0', 'smp_linknet_mit_b0'}  # by segmentation_m
 REFUSED |= {f'smp_dpt_{name}' for name in ENCODERS if not name.startswith('tu-')}
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """On a busy machine, threads make small tensors many times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.mark.parametrize('encoder', ENCODERS)
