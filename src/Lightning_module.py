@@ -1,6 +1,7 @@
 """CarvanaModel: the network, its loss, its data and its scores, as a LightningModule."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -148,17 +149,21 @@ class CarvanaModel(pl.LightningModule):
     def export(self, folder: Path, threshold: float) -> None:
         """Write the network for segmentation_models_pytorch.from_pretrained.
 
-        Its config.json also says how to use it: `_mean` and `_std` (of images scaled to 0..1),
-        `_input_size`, `_classes`, `_threshold`.
+        Its config.json also says how to use it; mean and std are of images scaled to 0..1.
         """
-        facts = {
-            'mean': self.hparams.MODEL_MEAN,
-            'std': self.hparams.MODEL_STD,
-            'input_size': self.input_size[:2],
-            'classes': self.hparams.CLASSES,
-            'threshold': threshold,
-        }
-        model_dispatcher.export(self.model, folder, facts)
+        # The underscore tells smp that a name is no argument of the model.
+        self.model.config.update(
+            _mean=self.hparams.MODEL_MEAN,
+            _std=self.hparams.MODEL_STD,
+            _input_size=self.input_size[:2],
+            _classes=self.hparams.CLASSES,
+            _threshold=threshold,
+        )
+        temporary = folder.with_name(f'{folder.name}.tmp')
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.model.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
 
     # ------------------------------------------------------------ data
     def prepare_data(self) -> None:
@@ -175,21 +180,21 @@ class CarvanaModel(pl.LightningModule):
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
         # Batch norm cannot average over a last batch of one image.
         drop_last = batch_size > 1 and len(sampler) % batch_size == 1
-        return self.build_loader(data, batch_size, sampler, drop_last)
+        return self.build_loader(sampler, batch_size, drop_last)
 
     def val_dataloader(self) -> DataLoader:
         data = dataset.CarvanaDataset(self.hparams.val_folds, train=False)
         sampler = DistributedSampler(data, *self.ranks(), shuffle=False)
-        return self.build_loader(data, self.hparams.VAL_BATCH_SIZE, sampler)
+        return self.build_loader(sampler, self.hparams.VAL_BATCH_SIZE)
 
     def ranks(self) -> tuple[int, int]:
         """(number of processes, this one's rank); (1, 0) without a Trainer."""
         return (self.trainer.world_size, self.trainer.global_rank) if self._trainer else (1, 0)
 
-    def build_loader(self, data, batch_size, sampler, drop_last=False) -> DataLoader:
+    def build_loader(self, sampler, batch_size: int, drop_last: bool = False) -> DataLoader:
         workers = self.hparams.NUM_WORKERS
         return DataLoader(
-            data,
+            sampler.dataset,
             batch_size,
             sampler=sampler,
             drop_last=drop_last,

@@ -55,8 +55,7 @@ def main() -> None:
     ranks = int(os.environ.get('WORLD_SIZE') or os.environ.get('SLURM_NTASKS') or 1)
     if ranks > 1:
         raise config.UserMistake(
-            f'FOLDS={config.FOLDS}: one launch of torchrun or srun trains one fold: start one per fold, '
-            'with FOLDS=[0], FOLDS=[1], ...'
+            f'FOLDS={config.FOLDS}: torchrun and srun train one fold each: start one per fold'
         )
     start = time.monotonic()
     for fold in config.FOLDS:
@@ -95,16 +94,15 @@ def train_fold(fold: int) -> None:
     """Train a fold's model on all other folds and enter it into models.csv; RESUME goes on."""
     runtime.hide_warnings()
     logs = config.path(config.LOGS_PATH)
-    busy = (
-        f'fold {fold} is being trained in {logs} already: wait, or set another LOGS_PATH and OUTPUT'
-    )
+    busy = f'fold {fold} is being trained in {logs} already: wait, or set other folders'
     rank_zero = rank_zero_only.rank == 0
     with files.file_lock(logs / f'.fold{fold}.lock', busy) if rank_zero else nullcontext():
         run = callbacks.find_run(fold) if config.RESUME else None
         if run is None or len(run.history) < config.EPOCHS:
             fit(fold, run)
-        elif rank_zero:
-            draw_curves(fold, run.folder, run.history)
+        elif rank_zero:  # killed after its last epoch, or before models.csv was removed
+            title = f'fold {fold}: {config.MODEL_NAME}'
+            plots.save(plots.curves(run.history, title), run.folder / 'curves.png')
             files.enter_model(fold, run.folder, run.best, run.history)
             print(f'fold {fold} is finished, {config.EPOCHS} epochs: {files.relative(run.folder)}')
 
@@ -153,13 +151,7 @@ def make_trainer(fold: int, run: callbacks.Run | None) -> tuple[pl.Trainer, call
     trainer = runtime.trainer(
         max_epochs=config.EPOCHS,
         accumulate_grad_batches=config.ACCUMULATE_GRAD_BATCHES,
-        callbacks=[
-            callbacks.BestCheckpoint(),
-            callbacks.last_checkpoint(),
-            log,
-            callbacks.PredictionImages(),
-            *bars,
-        ],
+        callbacks=[*callbacks.checkpoints(), log, callbacks.PredictionImages(), *bars],
         plugins=plugins,
         enable_progress_bar=bool(bars),
         logger=TensorBoardLogger(
@@ -176,42 +168,37 @@ def make_trainer(fold: int, run: callbacks.Run | None) -> tuple[pl.Trainer, call
 
 def print_start(fold: int, table: pd.DataFrame, model: CarvanaModel, trainer: pl.Trainer) -> None:
     """Print what is about to be trained, on what, and how."""
-    held_out = table.kfold == fold
-    batches = math.ceil((~held_out).sum() / (config.TRAIN_BATCH_SIZE * trainer.world_size))
-    steps = math.ceil(batches / config.ACCUMULATE_GRAD_BATCHES)
-    parameters = sum(p.numel() for p in model.model.parameters())
-    name, reason = runtime.precision()
-    groups = table.group.nunique() != len(table)
-    trained, validated = (
-        f'{rows.sum()} images' + (f' of {table.group[rows].nunique()} groups' if groups else '')
-        for rows in (~held_out, held_out)
+    parts = {'trains on': table.kfold != fold, 'validates on': table.kfold == fold}
+    images = (
+        f'{what} {rows.sum()} images of {table.group[rows].nunique()} groups'
+        for what, rows in parts.items()
     )
+    batches = math.ceil(parts['trains on'].sum() / (config.TRAIN_BATCH_SIZE * trainer.world_size))
+    steps = math.ceil(batches / config.ACCUMULATE_GRAD_BATCHES)
+    parameters = sum(p.numel() for p in model.model.parameters()) / 1e6
     lines = {
-        'fold': f'{fold}: trains on {trained}, validates on {validated}',
-        'model': f'{config.MODEL_NAME}, {parameters / 1e6:.1f} M parameters, encoder weights '
+        'fold': f'{fold}: {", ".join(images)}',
+        'model': f'{config.MODEL_NAME}, {parameters:.1f} M parameters, encoder weights '
         f'{config.ENCODER_WEIGHTS}, input {tuple(config.INPUT_SHAPE)}',
         'training': f'{config.LOSS}, Adam at {config.LR}, {config.EPOCHS} epochs of {batches} batches '
         f'of {config.TRAIN_BATCH_SIZE} and {steps} optimizer steps',
         'device': f'{runtime.device_name(trainer)}, {config.NUM_WORKERS} workers',
-        'precision': f'{name}: {reason}',
+        'precision': ': '.join(runtime.precision()),
         'logs': files.relative(Path(trainer.logger.log_dir)),
     }
-    print('\n'.join(f'{key:10s}{value}' for key, value in lines.items()), flush=True)
     if steps < 10 and config.ACCUMULATE_GRAD_BATCHES > 1:
-        fitting = max(1, batches // 10)
-        print(
-            f'warning   only {steps} optimizer step{"s" * (steps > 1)} per epoch: '
-            f'ACCUMULATE_GRAD_BATCHES={config.ACCUMULATE_GRAD_BATCHES} is made for thousands of images; '
-            f'ACCUMULATE_GRAD_BATCHES={fitting} gives {math.ceil(batches / fitting)}',
-            flush=True,
+        lines['warning'] = (
+            f'only {steps} optimizer step{"s" * (steps > 1)} per epoch: few images want a smaller '
+            f'ACCUMULATE_GRAD_BATCHES: {max(1, batches // 10)} gives {min(batches, 10)} steps or more'
         )
+    print('\n'.join(f'{key:10s}{value}' for key, value in lines.items()), flush=True)
 
 
 def finish(fold: int, trainer: pl.Trainer, history: list[dict], seconds: float) -> None:
     """Write curves, profile and models.csv; print the best score and where things are."""
     folder = Path(trainer.logger.log_dir)
     (folder / 'profile.txt').write_text(trainer.profiler.summary())
-    draw_curves(fold, folder, history)
+    plots.save(plots.curves(history, f'fold {fold}: {config.MODEL_NAME}'), folder / 'curves.png')
     checkpoint = Path(trainer.checkpoint_callback.best_model_path)
     best = files.enter_model(fold, folder, checkpoint, history)
     share = runtime.data_wait_share(trainer.profiler.recorded_durations)
@@ -223,11 +210,6 @@ def finish(fold: int, trainer: pl.Trainer, history: list[dict], seconds: float) 
         f'{runtime.faster_input(share)}',
         flush=True,
     )
-
-
-def draw_curves(fold: int, folder: Path, history: list[dict]) -> None:
-    title = f'fold {fold}: {config.MODEL_NAME}, {config.LOSS}'
-    plots.save(plots.curves(pd.DataFrame(history), title), folder / 'curves.png')
 
 
 if __name__ == '__main__':

@@ -23,30 +23,20 @@ import folds
 import plots
 
 
-def progress_bars() -> list[Callback]:
-    """Lightning's progress bar, if standard output is a terminal."""
-    return [ProgressBar()] if sys.stdout.isatty() else []
-
-
 class ProgressBar(TQDMProgressBar):
-    """Counts epochs from 1, and disappears when its loop is over."""
-
-    def init_train_tqdm(self):
-        bar = super().init_train_tqdm()
-        bar.leave = False
-        return bar
-
-    def init_predict_tqdm(self):
-        bar = super().init_predict_tqdm()
-        bar.leave = False
-        return bar
+    """Counts epochs from 1, and leaves the scores to EpochLog."""
 
     def on_train_epoch_start(self, trainer, *rest) -> None:
         super().on_train_epoch_start(trainer, *rest)
         self.train_progress_bar.set_description(f'epoch {trainer.current_epoch + 1}')
 
     def get_metrics(self, trainer, module) -> dict:
-        return {}  # EpochLog prints them
+        return {}
+
+
+def progress_bars() -> list[Callback]:
+    """A progress bar, if standard output is a terminal."""
+    return [ProgressBar(leave=False)] if sys.stdout.isatty() else []
 
 
 class EpochLog(Callback):
@@ -94,9 +84,7 @@ class EpochLog(Callback):
 class PredictionImages(Callback):
     """Logs the first validation images of each epoch to TensorBoard: truth left, prediction right."""
 
-    def on_validation_batch_end(
-        self, trainer, module, outputs, batch, batch_index, loader=0
-    ) -> None:
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_index, loader=0):
         if batch_index or not trainer.is_global_zero:
             return
         rows = []
@@ -105,9 +93,8 @@ class PredictionImages(Callback):
             masks = (plots.small(mask.cpu().numpy(), 320) for mask in masks)
             panels = [plots.overlay(image, mask, module.hparams.CLASSES) for mask in masks]
             rows.append(np.concatenate(panels, 1))
-        trainer.logger.experiment.add_image(
-            'truth and prediction', np.concatenate(rows), trainer.current_epoch, dataformats='HWC'
-        )
+        log, picture = trainer.logger.experiment, np.concatenate(rows)
+        log.add_image('truth and prediction', picture, trainer.current_epoch, dataformats='HWC')
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -127,14 +114,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class BestCheckpoint(ModelCheckpoint):
     """Keeps the checkpoint with the best val_dice. Its folder may be moved between two runs."""
 
-    def __init__(self):
-        super().__init__(
-            filename='{epoch}-{val_dice:.4f}',
-            monitor='val_dice',
-            mode='max',
-            save_on_train_epoch_end=True,
-        )
-
     def load_state_dict(self, state: dict) -> None:
         def here(file: str) -> str:
             return os.path.join(self.dirpath, os.path.basename(file)) if file else file
@@ -144,11 +123,14 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict({**state, **paths, 'dirpath': self.dirpath, 'best_k_models': best})
 
 
-def last_checkpoint() -> ModelCheckpoint:
-    """Writes last.ckpt after every epoch. `save_last` would do so after the best epochs alone."""
-    return ModelCheckpoint(
-        filename='last', enable_version_counter=False, save_on_train_epoch_end=True
+def checkpoints() -> list[ModelCheckpoint]:
+    """The best checkpoint, and last.ckpt after every epoch."""
+    always = {'save_on_train_epoch_end': True}
+    best = BestCheckpoint(
+        filename='{epoch}-{val_dice:.4f}', monitor='val_dice', mode='max', **always
     )
+    # `save_last` would write last.ckpt after the best epochs alone.
+    return [best, ModelCheckpoint(filename='last', enable_version_counter=False, **always)]
 
 
 class Run(NamedTuple):
@@ -196,8 +178,7 @@ def find_run(fold: int) -> Run | None:
     for folder in reversed(version_folders()):
         names = ('last.ckpt', 'epoch=*.ckpt')  # other files are the user's
         found = [file for name in names for file in (folder / 'checkpoints').glob(name)]
-        states = {file: read_checkpoint(file) for file in sorted(found)}
-        states = {file: state for file, state in states.items() if state}
+        states = {file: state for file in sorted(found) if (state := read_checkpoint(file))}
         if not states:
             if tidy and started_for(folder, fold):
                 shutil.rmtree(folder)

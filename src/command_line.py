@@ -22,46 +22,30 @@ KINDS = {
     tuple: ('a list', {list, tuple}),
     type(None): ('None', {type(None)}),
 }
-NUMBERS = {int, float}
-# Name -> description and test, where a constant's annotation does not say enough.
+# Name -> legal values and a test, where a constant's annotation does not say enough.
 RULES = {
-    'CROP_SIZE': (
-        'a side in pixels, or (height, width)',
-        lambda v: [type(x) is int and x > 0 for x in config.pair(v)] == [True, True],
-    ),
+    'CROP_SIZE': ('a side in pixels, or (height, width)',
+                  lambda v: [type(x) is int and x > 0 for x in config.pair(v)] == [True, True]),
     'CHANNELS': ('1 or 3', lambda v: v in (1, 3)),
     'CLASSES': ('a whole number from 1 to 255', lambda v: 1 <= v <= 255),
-    'INPUT_SHAPE': (
-        '(CHANNELS, height, width): set CROP_SIZE instead',
-        lambda v: list(v) == [config.CHANNELS, *config.crop_size()],
-    ),
+    'INPUT_SHAPE': ('(CHANNELS, height, width): set CROP_SIZE instead',
+                    lambda v: list(v) == [config.CHANNELS, *config.crop_size()]),
     'MODEL_MEAN': ('one number per channel (CHANNELS)', lambda v: per_channel(v)),
-    'MODEL_STD': (
-        'one number per channel (CHANNELS), each above 0',
-        lambda v: per_channel(v) and min(v) > 0,
-    ),
-    'IGNORE_INDEX': (
-        'None or a mask value from 0 to 255; from 2 where CLASSES is 1 or 2, as 0 and 1 are the classes',
-        lambda v: v is None or (0 if config.CLASSES > 2 else 2) <= v <= 255,
-    ),
+    'MODEL_STD': ('one number above 0 per channel', lambda v: per_channel(v) and min(v) > 0),
+    'IGNORE_INDEX': ('None or a mask value from 0 to 255; if CLASSES is 1 or 2, 0 and 1 are the classes',
+                     lambda v: v is None or (0 if config.CLASSES > 2 else 2) <= v <= 255),
     'N_FOLDS': ('a whole number from 2 up', lambda v: v >= 2),
-    'GROUP_REGEX': (
-        'None or a regular expression with one (group)',
-        lambda v: v is None or re.compile(v).groups >= 1,
-    ),
-    'FOLDS': (
-        'a list of different folds from 0 to N_FOLDS - 1',
-        lambda v: 0 < len(v) == len(set(v)) and set(v) <= set(range(config.N_FOLDS)),
-    ),
+    'GROUP_REGEX': ('None or a regular expression with one (group)',
+                    lambda v: v is None or re.compile(v).groups >= 1),
+    'FOLDS': ('a list of different folds from 0 to N_FOLDS - 1',
+              lambda v: 0 < len(v) == len(set(v)) and set(v) <= set(range(config.N_FOLDS))),
     'PRECISION': ("16, 'bf16' or 32", lambda v: v in (16, 32, 'bf16')),
     'SEED': ('a whole number from 0 to 2**32 - 1', lambda v: 0 <= v < 2**32),
     'NUM_WORKERS': ('a whole number from 0 up', lambda v: v >= 0),
-    'DEVICES': (
-        "a number of devices per machine, -1 or 'auto'",
-        lambda v: v == 'auto' or v == -1 or v > 0,
-    ),
+    'DEVICES': ("a number of devices per machine, -1 or 'auto'", lambda v: v in ('auto', -1) or v > 0),
     'THRESHOLD': ('None or a probability between 0 and 1', lambda v: v is None or 0 < v < 1),
-}
+}  # fmt: skip
+NUMBERS = (int, float)
 NAMES = list(config.constants())
 ANNOTATIONS = dict(config.__annotations__)  # read once: override() runs config.py again
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -89,11 +73,7 @@ def parse_value(name: str, text: str):
 
 
 def override(arguments: list[str]) -> None:
-    """Read config.py again, with the values of NAME=value arguments in place of its own.
-
-    Raises:
-        config.UserMistake: for an unknown name.
-    """
+    """Read config.py again, with the values of NAME=value arguments in place of its own."""
     given = {}
     for argument in arguments:
         name, equals, text = argument.partition('=')
@@ -111,28 +91,21 @@ def override(arguments: list[str]) -> None:
             vars(config).update(given)
 
 
-def is_legal(name: str, value) -> bool:
-    if kinds(name) and not any(type(value) in KINDS[kind][1] for kind in kinds(name)):
-        return False
-    try:
-        json.dumps(value)  # checkpoints hold plain types alone
-        if name in RULES:
-            return RULES[name][1](value)
-    except (TypeError, re.error):
-        return False
-    return value != '' if isinstance(value, str) else type(value) not in NUMBERS or value > 0
-
-
 def check() -> None:
-    """Check every constant by itself.
-
-    Raises:
-        config.UserMistake: naming the constant, its value and the legal values.
-    """
+    """Raise config.UserMistake, naming the legal values, if a constant has another one."""
     for name, value in config.constants().items():
-        if not is_legal(name, value):
-            legal = RULES.get(name, [' or '.join(KINDS[kind][0] for kind in kinds(name))])[0]
-            raise config.UserMistake(f'{name}={value!r}: must be {legal or "of a plain type"}')
+        described = ' or '.join(KINDS[kind][0] for kind in kinds(name)) or 'of a plain type'
+        legal, test = RULES.get(
+            name, (described, lambda v: v > 0 if type(v) in NUMBERS else v != '')
+        )
+        try:
+            json.dumps(value)  # checkpoints hold plain types alone
+            types = [type_ for kind in kinds(name) for type_ in KINDS[kind][1]] or [type(value)]
+            right = type(value) in types and test(value)
+        except (TypeError, re.error):
+            right = False
+        if not right:
+            raise config.UserMistake(f'{name}={value!r}: must be {legal}')
 
 
 def as_arguments(**changes) -> list[str]:
@@ -177,10 +150,12 @@ def parse(doc: str, options: dict[str, dict], defaults: list[str]) -> argparse.N
 def explain_disk_error(error: OSError) -> str:
     """What to do about a file that cannot be written, naming the constant of its folder."""
     file = Path(error.filename or '')
-    folders = {
-        name: config.path(getattr(config, name)) for name in ('OUTPUT', 'LOGS_PATH', 'INPUT')
-    }
-    name = next((n for n, folder in folders.items() if folder in (file, *file.parents)), 'OUTPUT')
+    names = [
+        name
+        for name in ('OUTPUT', 'LOGS_PATH', 'INPUT')
+        if config.path(getattr(config, name)) in (file, *file.parents)
+    ]
+    name = (names or ['OUTPUT'])[0]
     room = 'make room, or ' * (error.errno in FULL)
     return f'{file}: {error.strerror}: {room}set {name} to a folder that you may write to'
 
@@ -189,7 +164,7 @@ def run(main, doc: str, options: dict[str, dict] | None = None, defaults: list[s
     """Run a script. A user's mistake ends it with one line and status 1, a bug with its traceback.
 
     Args:
-        main: called without arguments; with the options' values if there are options.
+        main: called without arguments, or with the values of the script's options if it has any.
         doc: the script's docstring. --help prints it, and the constants that it names.
         options: the script's own options: name -> keywords of argparse's add_argument.
         defaults: NAME=value arguments that the user's own override.

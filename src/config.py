@@ -63,9 +63,7 @@ LR: float = 0.001
 EPOCHS: int = 7
 TRAIN_BATCH_SIZE: int = 4  # images per device
 VAL_BATCH_SIZE: int = 4  # images per device, also in the tester
-ACCUMULATE_GRAD_BATCHES: int = (
-    64  # batches per optimizer step: 256 of a Carvana fold's 4,070 images
-)
+ACCUMULATE_GRAD_BATCHES: int = 64  # batches per optimizer step, for thousands of images
 PRECISION: int | str = 16  # 16 (float16, needs CUDA), 'bf16' or 32
 AUGMENTATION: str = 'original'  # any name in dataset.AUGMENTATIONS
 SEED: int = 42
@@ -104,22 +102,18 @@ def crop_size() -> tuple[int, int]:
 
 def constants() -> dict:
     """Name -> value of every constant, in plain types: lists for tuples, as checkpoints want them."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in globals().items()
-        if name.isupper()
-    }
+    values = {name: value for name, value in globals().items() if name.isupper()}
+    return {k: list(value) if isinstance(value, tuple) else value for k, value in values.items()}
 
 
 def differing_constants(saved: dict, other: dict) -> list[str]:
     """Names of the constants that make two trainings differ: not paths, hardware or the tester's."""
-    neutral = {
-        'INPUT', 'OUTPUT', 'LOGS_PATH', 'TRAIN_PATH', 'MASK_PATH', 'TEST_PATH', 'TRAIN_CSV',
-        'TEST_CSV', 'TRAIN_FOLDS', 'PATH', 'ENCODER_WEIGHTS', 'FOLDS', 'NUM_WORKERS', 'CACHE', 'RESUME',
-        'ACCELERATOR', 'DEVICES', 'NUM_NODES', 'STRATEGY', 'COMPILE', 'VAL_BATCH_SIZE', 'TTA',
-        'THRESHOLD', 'SAVE_MASKS',
-    }  # fmt: skip
-    names = (set(constants()) & set(saved) & set(other)) - neutral
+    neutral = (
+        'INPUT OUTPUT LOGS_PATH TRAIN_PATH MASK_PATH TEST_PATH TRAIN_CSV TEST_CSV TRAIN_FOLDS '
+        'ENCODER_WEIGHTS FOLDS NUM_WORKERS CACHE RESUME ACCELERATOR DEVICES NUM_NODES STRATEGY '
+        'COMPILE VAL_BATCH_SIZE PATH TTA THRESHOLD SAVE_MASKS'
+    )
+    names = (set(constants()) & set(saved) & set(other)) - set(neutral.split())
     return sorted(name for name in names if saved[name] != other[name])
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # or its import asks a server for updates
@@ -53,13 +54,7 @@ AUGMENTATIONS = {
         A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.5), p=0.2),
         A.GaussNoise(std_range=(0.01, 0.06), p=0.3),
         A.ImageCompression(quality_range=(50, 95), p=0.2),
-        A.CoarseDropout(
-            num_holes_range=(1, 4),
-            hole_height_range=(0.04, 0.12),
-            hole_width_range=(0.04, 0.12),
-            fill='random_uniform',
-            p=0.3,
-        ),
+        A.CoarseDropout((1, 4), (0.04, 0.12), (0.04, 0.12), fill='random_uniform', p=0.3),
     ],
 }
 
@@ -87,20 +82,15 @@ def seed_augmentation(augment: A.Compose, text: str) -> None:
         transform.set_random_seed(zlib.crc32(f'{text} {position}'.encode()))
 
 
-def read_pair(image_file: Path, mask_file: Path, size, channels, classes, ignore_index) -> tuple:
+def read_pair(image_file: Path, mask_file: Path, size, channels, *mask_rule) -> tuple:
     """An image, uint8 (H, W, channels), and its mask, uint8 (H, W), both resized to `size`."""
     image = images.read_image(image_file, channels, size)
-    return image, masks.read_mask(mask_file, classes, ignore_index, size)
+    return image, masks.read_mask(mask_file, *mask_rule, size)
 
 
-def read_settings() -> dict:
-    """The constants that decide how pairs are read: keyword arguments of read_pair."""
-    return {
-        'size': config.crop_size(),
-        'channels': config.CHANNELS,
-        'classes': config.CLASSES,
-        'ignore_index': config.IGNORE_INDEX,
-    }
+def read_settings() -> tuple:
+    """The constants that decide how pairs are read: the last arguments of read_pair."""
+    return config.crop_size(), config.CHANNELS, config.CLASSES, config.IGNORE_INDEX
 
 
 class CarvanaDataset(Dataset):
@@ -131,14 +121,13 @@ class CarvanaDataset(Dataset):
         return len(self.names)
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict:
-        if isinstance(item, tuple):
-            epoch, index = item
-        else:
-            epoch, index = int(self.visits[item]), item
-            self.visits[item] += 1
+        if not isinstance(item, tuple):
+            item = int(self.visits[item]), item
+            self.visits[item[1]] += 1
+        epoch, index = item
         name = self.names[index]
         if self.cache is None:
-            image, mask = read_pair(*self.files[name], **self.settings)
+            image, mask = read_pair(*self.files[name], *self.settings)
         else:
             image, mask = self.cache.load(name)
         if self.augment is not None:
@@ -166,25 +155,18 @@ class EpochSampler(DistributedSampler):
             yield epoch, index
 
 
-def stack_images(tensors) -> torch.Tensor:
-    """Stack images (C, H, W) to (N, C, H, W), channels-last in memory, as the models want it.
-
-    The images are decoded as (H, W, C), so whole images are copied rather than single pixels.
-    """
-    return default_collate([image.permute(1, 2, 0) for image in tensors]).permute(0, 3, 1, 2)
-
-
 def collate(items: list[dict]) -> dict:
-    """A batch of CarvanaDataset items."""
-    batch = {'image': stack_images([item.pop('image') for item in items])}
-    return {**batch, **default_collate(items)}
+    """A batch of CarvanaDataset items. Its images are channels-last in memory, for the models."""
+    # Images are decoded as (H, W, C): stacked so, they are copied whole, not pixel by pixel.
+    stacked = default_collate([item.pop('image').permute(1, 2, 0) for item in items])
+    return {'image': stacked.permute(0, 3, 1, 2), **default_collate(items)}
 
 
 class Cache:
     """Decoded, resized pairs on disk, mapped into memory that all workers and folds share.
 
-    OUTPUT/cache/<key>/images.npy is uint8 (N, H, W, CHANNELS), masks.npy uint8 (N, H, W), in the order
-    of TRAIN_FOLDS.
+    Its folder has images.npy, uint8 (N, H, W, CHANNELS), and masks.npy, uint8 (N, H, W), in the
+    order of TRAIN_FOLDS.
     """
 
     def __init__(self, folder: Path, names: list[str]):
@@ -214,19 +196,18 @@ def open_cache() -> Cache:
 
 def cache_key(names: list[str]) -> str:
     """Digest of everything that the arrays depend on: a cache is right, or it is not found."""
-    state = [*read_settings().values()]
-    for name in names:
-        for file in fold_table.files_of(name):
-            try:
-                status = file.stat()
-            except OSError:
-                raise config.UserMistake(f'{file}: no such file: run folds.py again') from None
-            state.append((str(file), status.st_size, status.st_mtime_ns))
+    state = [*read_settings()]
+    for file in (file for name in names for file in fold_table.files_of(name)):
+        try:
+            status = file.stat()
+        except OSError:
+            raise config.UserMistake(f'{file}: no such file: run folds.py again') from None
+        state.append((str(file), status.st_size, status.st_mtime_ns))
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
 
 
 def build_cache(folder: Path, names: list[str]) -> None:
-    """Write the arrays beside `folder`, then rename them: a killed run leaves nothing that is used."""
+    """Write the arrays beside `folder`, then rename: a killed run leaves nothing that is used."""
     temporary = folder.with_name(f'{folder.name}.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -239,13 +220,12 @@ def build_cache(folder: Path, names: list[str]) -> None:
             f'has {free / 1e9:.1f} GB left: remove older ones in OUTPUT/cache, or set CACHE=False'
         )
     try:
-        new = {'mode': 'w+', 'dtype': np.uint8}
-        open_array = np.lib.format.open_memmap
-        image_rows = open_array(temporary / 'images.npy', shape=(*shape, config.CHANNELS), **new)
-        mask_rows = open_array(temporary / 'masks.npy', shape=shape, **new)
+        new_array = partial(np.lib.format.open_memmap, mode='w+', dtype=np.uint8)
+        image_rows = new_array(temporary / 'images.npy', shape=(*shape, config.CHANNELS))
+        mask_rows = new_array(temporary / 'masks.npy', shape=shape)
 
         def write(row: int) -> None:
-            pair = read_pair(*fold_table.files_of(names[row]), **read_settings())
+            pair = read_pair(*fold_table.files_of(names[row]), *read_settings())
             image_rows[row], mask_rows[row] = pair
 
         # Threads will do: the decoders release Python's lock.

@@ -12,7 +12,6 @@ Images of one group, found by GROUP_REGEX, are never split between folds: Carvan
 """
 
 import hashlib
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -44,53 +43,18 @@ def main() -> None:
 
 def image_names() -> list[str]:
     """Names, without folder and suffix, of the training images: from TRAIN_CSV or the folder."""
-    folder = config.path(config.TRAIN_PATH)
+    folder, suffix = config.path(config.TRAIN_PATH), config.IMAGE_SUFFIX
     if is_file(config.TRAIN_CSV):
         table = read_table(config.path(config.TRAIN_CSV), ['img'], 'fix or remove it')
-        names = [name.removesuffix(config.IMAGE_SUFFIX) for name in table.img]
-        outside = [name for name in names if not name or name != os.path.basename(name)]
-        if outside:
-            raise config.UserMistake(
-                f"{config.TRAIN_CSV}: '{outside[0]}' is not the name of a file in TRAIN_PATH"
-            )
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
-            raise config.UserMistake(
-                f'{config.TRAIN_CSV}: {len(twice)} images are listed more than once: '
-                f'{first_few(twice)}'
-            )
+        names = [name.removesuffix(suffix) for name in table.img]
     else:
-        names = list_files(folder, config.IMAGE_SUFFIX, 'TRAIN_PATH')
-        if folder == config.path(config.MASK_PATH) and config.MASK_SUFFIX != config.IMAGE_SUFFIX:
-            names = [n for n in names if not (n + config.IMAGE_SUFFIX).endswith(config.MASK_SUFFIX)]
+        names = images.list_files(folder, suffix, 'TRAIN_PATH')
+        if folder == config.path(config.MASK_PATH) and suffix != config.MASK_SUFFIX:
+            names = [name for name in names if not (name + suffix).endswith(config.MASK_SUFFIX)]
     if not names:
         source = config.TRAIN_CSV if is_file(config.TRAIN_CSV) else folder
-        raise config.UserMistake(f'{source}: no image *{config.IMAGE_SUFFIX} (IMAGE_SUFFIX) in it')
+        raise config.UserMistake(f'{source}: no image *{suffix} (IMAGE_SUFFIX) in it')
     return sorted(names)
-
-
-def list_files(folder: Path, suffix: str, constant: str) -> list[str]:
-    """Names, without the suffix, of a folder's files that end in it. Hidden files are left out.
-
-    Raises:
-        config.UserMistake: if there are none, with the endings that there are.
-    """
-    if not folder.is_dir():
-        raise config.UserMistake(f'{folder}: no such folder: set {constant} or INPUT')
-    files = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith('.'))
-    names = [file.removesuffix(suffix) for file in files if file.endswith(suffix)]
-    if not names:
-        raise config.UserMistake(
-            f'{folder}: no file named *{suffix}, but {endings(files)}: set {constant} (are '
-            'TRAIN_PATH and MASK_PATH swapped?) or its suffix'
-        )
-    return names
-
-
-def endings(files: list[str]) -> str:
-    """How many files have which ending, in words."""
-    counts = Counter(os.path.splitext(file)[1] or 'no suffix' for file in files)
-    return ', '.join(f'{count} {end}' for end, count in counts.most_common(4)) or 'it is empty'
 
 
 def files_of(name: str) -> tuple[Path, Path]:
@@ -103,32 +67,30 @@ def files_of(name: str) -> tuple[Path, Path]:
 
 def check_pairs(names: list[str]) -> None:
     """Raise config.UserMistake unless each image has a mask of its size, and masks hold classes."""
-    with_image = set(list_files(config.path(config.TRAIN_PATH), config.IMAGE_SUFFIX, 'TRAIN_PATH'))
-    with_mask = set(list_files(config.path(config.MASK_PATH), config.MASK_SUFFIX, 'MASK_PATH'))
-    listed = is_file(config.TRAIN_CSV)
-    source = f' in {config.TRAIN_CSV} (TRAIN_CSV)' if listed else ''
-    remedy = 'move them away, or list the others in a CSV with a column img (TRAIN_CSV)'
-    if listed:
-        remedy = 'set TRAIN_CSV=None to take all images of the folder'
-    for there, what in (
-        (with_image, f'have no file in {config.TRAIN_PATH}'),
-        (with_mask, f'have no mask in {config.MASK_PATH}'),
-    ):
-        missing = [name for name in names if name not in there]
-        if missing:
-            raise config.UserMistake(
-                f'{len(missing)} of {len(names)} images{source} {what}: {first_few(missing)}: {remedy}'
-            )
-    unpaired = sorted(with_mask - with_image)
-    if unpaired and not listed:
-        raise config.UserMistake(
-            f'{len(unpaired)} masks in {config.MASK_PATH} have no image *{config.IMAGE_SUFFIX} in '
-            f'{config.TRAIN_PATH}: {first_few(unpaired)}: {remedy}'
+    with_image, with_mask = (
+        set(images.list_files(config.path(folder), suffix, constant))
+        for folder, suffix, constant in (
+            (config.TRAIN_PATH, config.IMAGE_SUFFIX, 'TRAIN_PATH'),
+            (config.MASK_PATH, config.MASK_SUFFIX, 'MASK_PATH'),
         )
+    )
+    remedy = 'move them away, or list the others in a CSV with a column img (TRAIN_CSV)'
+    unpaired = sorted(with_mask - with_image)
+    if is_file(config.TRAIN_CSV):
+        remedy, unpaired = 'set TRAIN_CSV=None to take all images of the folder', []
+    for missing, what in (
+        ([name for name in names if name not in with_image], 'images have no file in TRAIN_PATH'),
+        ([name for name in names if name not in with_mask], 'images have no mask in MASK_PATH'),
+        (unpaired, 'masks have no image in TRAIN_PATH'),
+    ):
+        if missing:
+            raise config.UserMistake(f'{len(missing)} {what}: {first_few(missing)}: {remedy}')
     differ = []
     for name in tqdm(names, 'checking headers', disable=None, leave=False):
         image_file, mask_file = files_of(name)
-        sizes = images.check_header(image_file), images.header(mask_file)[1]
+        mode, size = images.header(image_file)
+        images.check_mode(image_file, mode)
+        sizes = size, images.header(mask_file)[1]
         if sizes[0] != sizes[1]:
             shown = ' and '.join(f'{width}x{height}' for height, width in sizes)
             differ.append(f'{name} ({shown})')
@@ -143,13 +105,13 @@ def check_pairs(names: list[str]) -> None:
 def check_mask_values(names: list[str]) -> None:
     """Decode some masks; print how many hold one class alone; refuse them if all of them do."""
     constant, seen = Counter(), set()
-    step = max(1, len(names) // MASKS_DECODED)
-    for name in tqdm(names[::step], 'checking masks', disable=None, leave=False):
+    decoded = names[:: max(1, len(names) // MASKS_DECODED)]
+    for name in tqdm(decoded, 'checking masks', disable=None, leave=False):
         mask = masks.read_mask(files_of(name)[1], config.CLASSES, config.IGNORE_INDEX)
         values = np.flatnonzero(np.bincount(mask.ravel())).tolist()
         seen.update(values)
         constant.update(values if len(values) == 1 else [])
-    if len(seen) == 1 and step == 1:
+    if len(seen) == 1 and decoded == names:
         raise config.UserMistake(
             f'{config.MASK_PATH}: all masks hold class {seen.pop()} alone: is it the right folder?'
         )
@@ -159,7 +121,7 @@ def check_mask_values(names: list[str]) -> None:
             f'leaves {config.IGNORE_INDEX} out: set IGNORE_INDEX=None if it is the foreground'
         )
     for value, count in sorted(constant.items()):
-        print(f'{count} of {len(names[::step])} masks that were decoded hold class {value} alone')
+        print(f'{count} of {len(decoded)} masks that were decoded hold class {value} alone')
 
 
 def assign_folds(names: list[str]) -> pd.DataFrame:
@@ -175,7 +137,7 @@ def assign_folds(names: list[str]) -> pd.DataFrame:
     splitter = GroupKFold(config.N_FOLDS, shuffle=True, random_state=config.SEED)
     for fold, (_, held_out) in enumerate(splitter.split(names, groups=groups)):
         table.loc[held_out, 'kfold'] = fold
-    check_table(table)
+    check_table(table, '', 'correct TRAIN_CSV')
     return table
 
 
@@ -192,42 +154,36 @@ def group_of(name: str) -> str:
     return match.group(1)
 
 
-def check_table(table: pd.DataFrame) -> None:
-    """Raise config.UserMistake if a group is in two folds, or an image is listed twice."""
-    again = f'run folds.py again (it writes {config.TRAIN_FOLDS})'
-    split = table.groupby('group').kfold.nunique()
-    if (split > 1).any():
-        raise config.UserMistake(f'group {split.idxmax()} is in {split.max()} folds: {again}')
-    if table.img.duplicated().any():
-        twice = table.img[table.img.duplicated()].iloc[0]
-        raise config.UserMistake(f'{twice} is listed twice: {again}')
-
-
 def read_folds(folds: list[int] | None = None) -> pd.DataFrame:
     """The checked table img,kfold,group of TRAIN_FOLDS, or its rows of some folds."""
-    again = 'run folds.py'
-    table = read_table(config.path(config.TRAIN_FOLDS), ['img', 'kfold', 'group'], again)
+    file, again = config.path(config.TRAIN_FOLDS), 'run folds.py again'
+    table = read_table(file, ['img', 'kfold', 'group'], 'run folds.py')
     if not table.kfold.str.fullmatch(r'\d+').all():
-        raise config.UserMistake(
-            f'{config.TRAIN_FOLDS}: kfold is not a whole number: {again} again'
-        )
+        raise config.UserMistake(f'{file}: kfold is not a whole number: {again}')
     table['kfold'] = table.kfold.astype(int)
-    check_table(table)
+    check_table(table, f'{file}: ', again)
     empty = sorted(set(folds or []) - set(table.kfold))
     if empty:
-        raise config.UserMistake(
-            f'{config.TRAIN_FOLDS}: no image in fold {empty[0]}: {again} again'
-        )
+        raise config.UserMistake(f'{file}: no image in fold {empty[0]}: {again}')
     return table if folds is None else table[table.kfold.isin(folds)].reset_index(drop=True)
+
+
+def check_table(table: pd.DataFrame, where: str, remedy: str) -> None:
+    """Raise config.UserMistake if a group is in two folds, or an image is listed twice."""
+    split = table.groupby('group').kfold.nunique()
+    if (split > 1).any():
+        raise config.UserMistake(f'{where}group {split.idxmax()} is in 2 folds: {remedy}')
+    if not table.img.is_unique:
+        twice = first_few(table.img[table.img.duplicated()].tolist())
+        raise config.UserMistake(f'{where}images are listed more than once: {twice}: {remedy}')
 
 
 def digests(fold: int) -> dict[str, str]:
     """Digests of the images that a fold's model is trained and validated on, for its checkpoint."""
     table = read_folds()
-    parts = {'train': table[table.kfold != fold], 'val': table[table.kfold == fold]}
     return {
-        name: hashlib.sha256('/'.join(part.img).encode()).hexdigest()[:16]
-        for name, part in parts.items()
+        name: hashlib.sha256('/'.join(table.img[rows]).encode()).hexdigest()[:16]
+        for name, rows in (('train', table.kfold != fold), ('val', table.kfold == fold))
     }
 
 

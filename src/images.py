@@ -1,6 +1,8 @@
-"""Image files: their headers and their pixels."""
+"""Image files: their names, headers and pixels."""
 
 import io
+import os
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -16,14 +18,34 @@ cv2.setNumThreads(1)
 PLAIN_MODES = ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'RGBX', 'CMYK', 'YCbCr')
 # Last bytes of a complete file. If a file ends otherwise, only decoding can tell if it is complete.
 ENDINGS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82', 'GIF': b';'}
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError)
 ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap width and height
+
+
+def list_files(folder: Path, suffix: str, constant: str) -> list[str]:
+    """Names, without the suffix, of a folder's files that end in it. Hidden files are left out.
+
+    Raises:
+        config.UserMistake: if there are none, with the endings that there are.
+    """
+    if not folder.is_dir():
+        raise config.UserMistake(f'{folder}: no such folder: set {constant} or INPUT')
+    files = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith('.'))
+    names = [file.removesuffix(suffix) for file in files if file.endswith(suffix)]
+    if not names:
+        endings = Counter(os.path.splitext(file)[1] or 'no suffix' for file in files).most_common(4)
+        there = ', '.join(f'{count} {ending}' for ending, count in endings) or 'it is empty'
+        raise config.UserMistake(
+            f'{folder}: no file *{suffix}, but {there}: set {constant} or its suffix'
+        )
+    return names
 
 
 def unreadable(file, error) -> config.UserMistake:
     """The mistake to raise for a file that cannot be decoded."""
     if isinstance(error, FileNotFoundError):
         return config.UserMistake(f'{file}: no such file')
-    reason = 'it is empty' if Path(file).stat().st_size == 0 else str(error).replace('\n', ' ')
+    reason = 'it is empty' if Path(file).stat().st_size == 0 else ' '.join(str(error).split())
     return config.UserMistake(f'{file}: not a readable image ({reason}): replace or remove it')
 
 
@@ -46,7 +68,7 @@ def header(file) -> tuple[str, tuple[int, int]]:
                 if raw.read() != ENDINGS[image.format]:
                     image.load()
             return image.mode, displayed_size(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DECODING_ERRORS as error:
         raise unreadable(file, error) from None
 
 
@@ -57,13 +79,6 @@ def check_mode(file, mode: str) -> None:
             f'{file}: {mode} pixels have more than 8 bits: save it with 8 bits per channel, after '
             'choosing the range of values that holds the picture'
         )
-
-
-def check_header(file) -> tuple[int, int]:
-    """(height, width) of an image that read_image can read; or a config.UserMistake."""
-    mode, size = header(file)
-    check_mode(file, mode)
-    return size
 
 
 def read_image(file, channels: int = 3, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -85,41 +100,25 @@ def read_image(file, channels: int = 3, size: tuple[int, int] | None = None) -> 
             # OpenCV decodes JPEGs fastest, but fills the missing part of a truncated one with grey.
             complete = data.endswith(ENDINGS['JPEG'])
             if image.format == 'JPEG' and image.mode in ('RGB', 'L') and complete:
-                pixels = decode_jpeg(data, channels, reduction(image, size))
+                pixels = decode_jpeg(data, channels, displayed_size(image), size)
             else:
                 image = ImageOps.exif_transpose(image).convert('RGB' if channels == 3 else 'L')
                 pixels = np.array(image)
-    except (OSError, SyntaxError, cv2.error, Image.DecompressionBombError) as error:
+    except config.UserMistake:
+        raise
+    except DECODING_ERRORS as error:
         raise unreadable(file, error) from None
-    except ValueError as error:
-        raise error if isinstance(error, config.UserMistake) else unreadable(file, error) from None
     if size is not None:
         pixels = cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_LINEAR)
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def reduction(image: Image.Image, size: tuple[int, int] | None) -> int:
-    """The largest of 8, 4, 2, 1 that divides the image's sides and leaves them at least `size`."""
-    if size is None:
-        return 1
-    height, width = displayed_size(image)
-    fits = (n for n in (8, 4, 2) if height // n >= size[0] and width // n >= size[1])
-    return next(fits, 1)
-
-
-def decode_jpeg(data: bytes, channels: int, divisor: int) -> np.ndarray:
-    """The pixels of a JPEG at 1/divisor of its size, by OpenCV."""
-    flags = {
-        (1, 1): cv2.IMREAD_GRAYSCALE,
-        (1, 2): cv2.IMREAD_REDUCED_GRAYSCALE_2,
-        (1, 4): cv2.IMREAD_REDUCED_GRAYSCALE_4,
-        (1, 8): cv2.IMREAD_REDUCED_GRAYSCALE_8,
-        (3, 1): cv2.IMREAD_COLOR,
-        (3, 2): cv2.IMREAD_REDUCED_COLOR_2,
-        (3, 4): cv2.IMREAD_REDUCED_COLOR_4,
-        (3, 8): cv2.IMREAD_REDUCED_COLOR_8,
-    }
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags[channels, divisor])
+def decode_jpeg(data: bytes, channels: int, own_size: tuple, size: tuple | None) -> np.ndarray:
+    """The pixels of a JPEG by OpenCV, at 1/8, 1/4 or 1/2 of its size if that covers `size`."""
+    fits = (n for n in (8, 4, 2) if size and all(a // n >= b for a, b in zip(own_size, size)))
+    divisor, kind = next(fits, 1), 'COLOR' if channels == 3 else 'GRAYSCALE'
+    flag = f'IMREAD_REDUCED_{kind}_{divisor}' if divisor > 1 else f'IMREAD_{kind}'
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), getattr(cv2, flag))
     if pixels is None:
         raise ValueError('its JPEG data are damaged')
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if channels == 3 else pixels

@@ -27,26 +27,39 @@ def read_mask(file, classes: int = 1, ignore_index: int | None = None, size=None
     """
     try:
         with Image.open(file) as image:
-            values = stored_values(image, classes, size)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            pixels = stored_values(image, classes, size)
+    except images.DECODING_ERRORS as error:
         raise images.unreadable(file, error) from None
-    if values is None:
+    if pixels is None:
         raise config.UserMistake(
             f'{file}: a coloured mask; save it as class indices (a grey or palette PNG), one value '
             'per class'
         )
-    values = np.require(resize_nearest(values, size), requirements='W')  # PIL's own are read-only
-    found = np.flatnonzero(cv2.calcHist([values], [0], None, [256], [0, 256]))
-    table = index_table(found.tolist(), classes, ignore_index)
-    if table is None:
-        legal = '0 and 1, or 0 and 255' if classes <= 2 else f'0 to {classes - 1}'
+    pixels = np.require(resize_nearest(pixels, size), requirements='W')  # PIL's own are read-only
+    found = np.flatnonzero(cv2.calcHist([pixels], [0], None, [256], [0, 256]))
+    values = [value for value in found.tolist() if value != ignore_index]
+    if classes <= 2:
+        legal, right = '0 and 1, or 0 and 255', set(values) <= {0, 1} or set(values) <= {0, 255}
+    else:
+        legal, right = f'0 to {classes - 1}', max(values, default=0) < classes
+    if not right:
+        wrong = [value for value in values if classes <= 2 or value >= classes]
         legal += '' if ignore_index is None else f', and IGNORE_INDEX={ignore_index}'
-        values = [v for v in found.tolist() if v != ignore_index and (classes <= 2 or v >= classes)]
-        shown = ', '.join(map(str, values[:8])) + (', ...' if len(values) > 8 else '')
-        raise config.UserMistake(
-            f'{file}: mask values {shown}; CLASSES={classes} takes {legal}. {remedy(values)}'
+        remedy = (
+            'Masks that were resized smoothly or saved as JPEG have values in between: make them '
+            'again; or TRAIN_PATH and MASK_PATH are swapped, or CLASSES is too small'
         )
-    return values if table == list(range(256)) else cv2.LUT(values, np.array(table, np.uint8))
+        if wrong == [255]:
+            remedy = (
+                'Masks of 0 and 255 have CLASSES=1; where 255 is not to count, IGNORE_INDEX=255'
+            )
+        shown = ', '.join(map(str, wrong[:8])) + ', ...' * (len(wrong) > 8)
+        raise config.UserMistake(
+            f'{file}: mask values {shown}; CLASSES={classes} takes {legal}. {remedy}'
+        )
+    if classes <= 2 and 255 in values:
+        pixels[pixels == 255] = 1
+    return pixels
 
 
 def resize_nearest(values: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
@@ -83,30 +96,6 @@ def stored_values(image: Image.Image, classes: int, size=None) -> np.ndarray | N
         raise ValueError('floating-point values')
     red, green, blue = (np.asarray(band) for band in image.convert('RGB').split())
     return np.array(red) if np.array_equal(red, green) and np.array_equal(red, blue) else None
-
-
-def remedy(values: list[int]) -> str:
-    """What to do about illegal values."""
-    if values == [255]:
-        return 'Masks of 0 and 255 have CLASSES=1; where 255 marks what does not count, IGNORE_INDEX=255'
-    return (
-        'Masks that were resized smoothly or saved as JPEG have values in between: make them again; '
-        'or TRAIN_PATH and MASK_PATH are swapped, or CLASSES is too small'
-    )
-
-
-def index_table(found: list[int], classes: int, ignore_index: int | None) -> list[int] | None:
-    """Stored value -> class index for all 256 values, or None if one of `found` is illegal."""
-    table = list(range(256))
-    values = {value for value in found if value != ignore_index}
-    if classes <= 2:
-        if not (values <= {0, 1} or values <= {0, 255}):
-            return None
-        if 255 in values:
-            table[255] = 1
-    elif values and max(values) >= classes:
-        return None
-    return table
 
 
 def rle_encode(mask: np.ndarray) -> str:

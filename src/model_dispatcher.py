@@ -1,10 +1,8 @@
 """MODELS: name -> builder of a model from a decoder and an encoder, smp_<decoder>_<encoder>."""
 
 import copy
-import shutil
 import warnings
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -81,14 +79,3 @@ def try_out(model: torch.nn.Module, name: str, batch_size: int, shape: tuple) ->
             f'CROP_SIZE={config.CROP_SIZE}, TRAIN_BATCH_SIZE={batch_size}: {name} does not take such '
             f'a batch ({config.shorten(error, 250)}): set another size, or another model'
         ) from None
-
-
-def export(model: torch.nn.Module, folder: Path, facts: dict) -> None:
-    """Write a model for smp.from_pretrained, with facts about it in config.json."""
-    temporary = folder.with_name(f'{folder.name}.tmp')
-    shutil.rmtree(temporary, ignore_errors=True)
-    # The underscore tells smp that a name is no argument of the model.
-    model.config.update({f'_{name}': value for name, value in facts.items()})
-    model.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)

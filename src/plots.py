@@ -72,11 +72,6 @@ def legend(fig: Figure, entries: dict[str, str]) -> None:
     fig.legend(handles=handles, loc='outside lower center', ncols=8, fontsize=8, frameon=False)
 
 
-def error_legend(classes: int) -> dict[str, str]:
-    """The entries of `legend` for the colours of `errors`."""
-    return {'missed' if classes == 1 else 'missed, or another class': MISSED, 'added': ADDED}
-
-
 def class_legend(classes: int) -> dict[str, str]:
     """The entries of `legend` for the colours of `overlay`."""
     names = [f'class {index}' for index in range(1, classes)] or ['foreground']
@@ -90,6 +85,39 @@ def small(image: np.ndarray, side: int = 480) -> np.ndarray:
     width, height = (max(1, round(n * scale)) for n in image.shape[1::-1])
     resized = cv2.resize(image, (width, height), interpolation=method)
     return resized.reshape(height, width, *image.shape[2:])  # cv2 drops a single channel
+
+
+def comparison(rows: list[tuple], title: str, classes: int, ignore_index: int | None) -> Figure:
+    """Image, truth, prediction and errors, a row for each
+    (label, name, image (H, W, 1 or 3), truth (H, W), predicted mask (H, W), Dice)."""
+    fig, axes = figure(len(rows), 4, 2.6, 2.0, title)
+    for axis_row, (label, name, *arrays, dice) in zip(axes, rows):
+        image, truth, mask = map(small, arrays)
+        panels = {
+            name: image,
+            'truth': overlay(image, truth, classes),
+            f'prediction, Dice {dice:.4f}': overlay(image, mask, classes),
+            'errors': errors(image, truth, mask, ignore_index),
+        }
+        for axis, (panel, picture) in zip(axis_row, panels.items()):
+            show_image(axis, picture, panel)
+        axis_row[0].set_ylabel(label, fontsize=8)
+    missed = 'missed' if classes == 1 else 'missed, or another class'
+    legend(fig, class_legend(classes) | {missed: MISSED, 'added': ADDED})
+    return fig
+
+
+def samples(masks: dict[str, tuple], classes: int) -> Figure:
+    """Test images with their predicted masks drawn over them: name -> (image, mask)."""
+    columns = min(4, len(masks))
+    title = 'The first test images with their predicted masks'
+    fig, axes = figure(-(-len(masks) // columns), columns, 2.8, 2.1, title)
+    for axis in axes.flat[len(masks) :]:
+        axis.axis('off')
+    for axis, (name, arrays) in zip(axes.flat, masks.items()):
+        show_image(axis, overlay(*map(small, arrays), classes), name)
+    legend(fig, class_legend(classes))
+    return fig
 
 
 def curves(table, title: str) -> Figure:

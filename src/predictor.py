@@ -17,15 +17,45 @@ import torch
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 import callbacks
 import config
-import dataset
 import files
 import images
 import masks
 import metrics
 import runtime
+
+
+def list_test_files() -> list[Path]:
+    """The images to predict: those of TEST_CSV, in its order, if it exists; else all of TEST_PATH.
+
+    Raises:
+        config.UserMistake: for an image that cannot be read.
+    """
+    folder, suffix = config.path(config.TEST_PATH), config.IMAGE_SUFFIX
+    try:
+        names = images.list_files(folder, suffix, 'TEST_PATH')
+    except config.UserMistake as mistake:
+        runtime.print_once(f'{mistake}; nothing to predict')
+        return []
+    if files.is_file(config.TEST_CSV):
+        table = files.read_table(config.path(config.TEST_CSV), ['img'], 'fix or remove it')
+        asked = [name.removesuffix(suffix) for name in table.img.drop_duplicates()]
+        missing, extra = sorted(set(asked) - set(names)), sorted(set(names) - set(asked))
+        if len(missing) == len(asked):
+            runtime.print_once(f'{config.TEST_CSV} lists no image of {folder}: all are predicted')
+        else:
+            names = [name for name in asked if name not in missing]
+            for left_out, what in ((missing, 'are not in TEST_PATH'), (extra, 'not in TEST_CSV')):
+                if left_out:
+                    shown = files.first_few(left_out)
+                    runtime.print_once(f'{len(left_out)} test images {what}, left out: {shown}')
+    paths = [folder / (name + suffix) for name in names]
+    for file in tqdm(paths, 'checking headers', disable=None, leave=False):
+        images.check_mode(file, images.header(file)[0])
+    return paths
 
 
 class ImageBatches(Dataset):
@@ -37,12 +67,12 @@ class ImageBatches(Dataset):
     Args:
         image_files: files of images of any size.
         input_size: (height, width, channels) of the model's input.
-        mask_files: the mask of each image, or None.
+        mask_files: the mask of each image, or none.
         classes, ignore_index: how masks are read, see masks.read_mask.
     """
 
-    def __init__(self, image_files, input_size, mask_files=None, classes=1, ignore_index=None):
-        self.image_files, self.mask_files = list(image_files), mask_files
+    def __init__(self, image_files, input_size, mask_files=(), classes=1, ignore_index=None):
+        self.image_files, self.mask_files = list(image_files), list(mask_files)
         self.input_size, self.mask_rule = input_size, (classes, ignore_index)
         self.batch_size = config.VAL_BATCH_SIZE
 
@@ -50,26 +80,21 @@ class ImageBatches(Dataset):
         return -(-len(self.image_files) // self.batch_size)
 
     def __getitem__(self, number: int) -> dict:
-        start = number * self.batch_size
-        indices = range(start, min(start + self.batch_size, len(self.image_files)))
-        height, width, channels = self.input_size
-        tensors, batch = [], {'img': [], 'shape': []}
-        for index in indices:
-            file = self.image_files[index]
-            image = images.read_image(file, channels, (height, width))
-            tensors.append(torch.from_numpy(image).permute(2, 0, 1))
-            batch['img'].append(file.name)
-            batch['shape'].append(images.header(file)[1])
-        if self.mask_files is not None:
-            batch['mask'] = [self.read_mask(*pair) for pair in zip(indices, batch['shape'])]
-        return {'image': dataset.stack_images(tensors), **batch}
-
-    def read_mask(self, index: int, shape: tuple[int, int]) -> torch.Tensor:
-        file, image_file = self.mask_files[index], self.image_files[index]
-        mask = masks.read_mask(file, *self.mask_rule)
-        if mask.shape != shape:
-            raise config.UserMistake(f'{file}: not the size of its image {image_file.name}')
-        return torch.from_numpy(mask)
+        rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
+        image_files, (*size, channels) = self.image_files[rows], self.input_size
+        pixels = np.stack([images.read_image(file, channels, size) for file in image_files])
+        batch = {
+            'image': torch.from_numpy(pixels).permute(0, 3, 1, 2),  # channels-last in memory
+            'img': [file.name for file in image_files],
+            'shape': [images.header(file)[1] for file in image_files],
+        }
+        if self.mask_files:
+            batch['mask'] = []
+            for file, shape in zip(self.mask_files[rows], batch['shape']):
+                batch['mask'].append(torch.from_numpy(masks.read_mask(file, *self.mask_rule)))
+                if batch['mask'][-1].shape != shape:
+                    raise config.UserMistake(f'{file}: not the size of its image: run folds.py')
+        return batch
 
 
 class Predictor(pl.LightningModule):
@@ -89,27 +114,23 @@ class Predictor(pl.LightningModule):
 
     def probabilities(self, x: torch.Tensor) -> torch.Tensor:
         """Mean probabilities, float32 (N, classes, H, W), of 8-bit images (N, channels, H, W)."""
-        views = [(x, False), (x.flip(-1), True)] if self.tta else [(x, False)]
-        total = 0
-        for model in self.models:
-            for view, mirrored in views:
-                p = metrics.activate(model(view))
-                total = total + (p.flip(-1) if mirrored else p)
-        return total / (len(self.models) * len(views))
+        flips = [(), (-1,)] if self.tta else [()]
+        parts = (metrics.activate(m(x.flip(f))).flip(f) for m in self.models for f in flips)
+        return sum(parts) / (len(self.models) * len(flips))
 
     def predict_step(self, batch: dict, batch_index: int) -> list[np.ndarray]:
         """Per image of a batch of ImageBatches: class indices, uint8 (height, width); if the batch
-        has masks, counts instead. An empty batch stands for no work, see `share`."""
+        has masks, counts instead."""
         if not batch:
-            return []
+            return []  # see `share`
         results = []
         for n, p in enumerate(self.probabilities(batch['image'])):
             p = F.interpolate(p[None], batch['shape'][n], mode='bilinear')
             if 'mask' in batch:
-                results.append(self.count(p, batch['mask'][n]))
+                results.append(self.count(p, batch['mask'][n]).cpu().numpy())
             else:
-                results.append(metrics.decide(p, self.thresholds[0])[0])
-        return [result.cpu().numpy() for result in results]
+                results.append(metrics.decide(p, self.thresholds[0])[0].cpu().numpy())
+        return results
 
     def count(self, p: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """tp, fp, fn of one image, int64: (T, 3, 1) for T thresholds, or (1, 3, K) for K classes.
@@ -191,17 +212,13 @@ class SubmissionWriter(BasePredictionWriter):
         with self.part.open('a', encoding='utf-8', newline='') as file:
             file.write(text.getvalue())
 
-    def on_exception(self, trainer, module, error) -> None:
-        if isinstance(error, KeyboardInterrupt) and trainer.is_global_zero:
-            print('stopped; RESUME=True goes on after the images that are done', flush=True)
-
 
 def write_submission(predictor: Predictor, batches: ImageBatches, state: list, mask_folder) -> bool:
     """Predict all images into OUTPUT/submission.csv; RESUME goes on after a killed run.
 
     Args:
-        state: what the result depends on besides the images and the settings known here: the
-            checkpoints. A killed run is resumed only if it agrees.
+        state: what the masks depend on besides what is known here: the checkpoints. A killed run
+            is resumed only if nothing of it has changed.
         mask_folder: see SubmissionWriter.
 
     Returns: whether this is the process that wrote the file.
@@ -214,10 +231,10 @@ def write_submission(predictor: Predictor, batches: ImageBatches, state: list, m
     target = config.path(config.OUTPUT) / 'submission.csv'
     parts = [target.with_name(f'submission.{key}.part{r}') for r in range(trainer.world_size)]
     own = parts[trainer.global_rank]
-    own.parent.mkdir(parents=True, exist_ok=True)
     # Keep the rows of whole batches. A batch is predicted again if any of its rows is missing.
     lines = own.read_bytes().splitlines(keepends=True) if config.RESUME and own.exists() else []
     done = sum(line.endswith(b'\n') for line in lines) // batches.batch_size
+    own.parent.mkdir(parents=True, exist_ok=True)
     own.write_bytes(b''.join(lines[: done * batches.batch_size]))
     scale = 255 if predictor.models[0].hparams.CLASSES == 1 else 1
     trainer.callbacks.append(SubmissionWriter(own, mask_folder, scale))
@@ -227,8 +244,7 @@ def write_submission(predictor: Predictor, batches: ImageBatches, state: list, m
     if trainer.is_global_zero:
         with files.atomic_write(target) as temporary, temporary.open('wb') as file:
             file.write(b'img,rle_mask\n')
-            for part in parts:
-                file.write(part.read_bytes())
+            file.writelines(part.read_bytes() for part in parts)
         for part in target.parent.glob('submission.*.part*'):
             part.unlink()
     return trainer.is_global_zero

@@ -80,18 +80,15 @@ def explain_errors(training: bool = True):
     try:
         yield
     except torch.OutOfMemoryError:
-        train, val = config.TRAIN_BATCH_SIZE, config.VAL_BATCH_SIZE
+        name = 'TRAIN_BATCH_SIZE' if training else 'VAL_BATCH_SIZE'
+        size, sides = getattr(config, name), [n * 3 // 4 // 32 * 32 for n in config.crop_size()]
+        tries = [f'{name}={size // 2}'] * (size > 1)
         if training:
-            tries = [f'CROP_SIZE={tuple(side * 3 // 4 // 32 * 32 for side in config.crop_size())}']
-            if train > 1:
-                window = f'ACCUMULATE_GRAD_BATCHES={config.ACCUMULATE_GRAD_BATCHES * 2}'
-                tries.insert(0, f'TRAIN_BATCH_SIZE={train // 2} with {window} (as many per step)')
-        else:
-            tries = [f'VAL_BATCH_SIZE={val // 2}' if val > 1 else 'fewer FOLDS at once']
-        sizes = f'TRAIN_BATCH_SIZE={train}, ' * training + f'VAL_BATCH_SIZE={val}'
+            tries = [f'{smaller} and double ACCUMULATE_GRAD_BATCHES' for smaller in tries]
+            tries.append(f'CROP_SIZE={tuple(sides)}')
         raise config.UserMistake(
-            f'out of GPU memory with {sizes}, CROP_SIZE={config.CROP_SIZE}, '
-            f'PRECISION={config.PRECISION}: try {", or ".join(tries)}'
+            f'out of GPU memory with {name}={size}, CROP_SIZE={config.CROP_SIZE}, '
+            f'PRECISION={config.PRECISION}: try {" or ".join(tries) or "fewer FOLDS at once"}'
         ) from None
     except RuntimeError as error:
         text = str(error).lower()
@@ -100,14 +97,11 @@ def explain_errors(training: bool = True):
                 'no room in /dev/shm for the batches of the workers: set fewer NUM_WORKERS (0 needs '
                 'none), or give the container more (docker run --shm-size=8g)'
             ) from None
-        if not any(
-            words in text for words in ('closed by peer', 'reset by peer', 'remote process')
-        ):
-            raise
-        raise config.UserMistake(
-            'another process of this run has ended, see its own message; RESUME=True goes on after '
-            'the last finished epoch'
-        ) from None
+        if any(words in text for words in ('closed by peer', 'reset by peer', 'remote process')):
+            raise config.UserMistake(
+                'another process of this run has ended, see its own message; RESUME=True goes on'
+            ) from None
+        raise
 
 
 def data_wait_share(durations: dict[str, list[float]]) -> float:
@@ -130,9 +124,7 @@ def faster_input(share: float) -> str:
         return ''
     if config.cpu_count() > config.NUM_WORKERS:
         return f': try NUM_WORKERS={config.cpu_count()}'
-    return (
-        ': try CACHE=True' if not config.CACHE else ': try a smaller CROP_SIZE, or more CPU cores'
-    )
+    return ': try a smaller CROP_SIZE' if config.CACHE else ': try CACHE=True'
 
 
 def device_name(trainer) -> str:

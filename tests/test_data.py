@@ -196,8 +196,7 @@ def test_cache_is_built_once_and_again_when_something_changes(prepared):
     name = folds.read_folds().img[0]
     save_mask_gif(folds.files_of(name)[1], new_mask)
     assert np.array_equal(
-        dataset.open_cache().load(name)[1],
-        masks.read_mask(folds.files_of(name)[1], size=(32, 32)),
+        dataset.open_cache().load(name)[1], masks.read_mask(folds.files_of(name)[1], size=(32, 32))
     )
     assert len(caches()) == 2
     config.CROP_SIZE = 16

@@ -86,7 +86,7 @@ def test_several_folds_in_one_launch_are_refused(uneven):
     _, words = uneven
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']
     text = launch(*torchrun, SRC / 'Lightning_trainer.py', *words, 'FOLDS=[0, 1]').communicate()[0]
-    assert 'one launch of torchrun or srun trains one fold' in text
+    assert 'FOLDS=[0, 1]: torchrun and srun train one fold each' in text
 
 
 def test_more_processes_than_batches(uneven, tmp_path):

@@ -149,7 +149,7 @@ def test_a_checkpoint_and_a_folder_are_enough_to_predict(trained, tmp_path):
             'Lightning_trainer.py',
             ['LR=1e30', 'ACCUMULATE_GRAD_BATCHES=2'],
             'the loss is nan in epoch',
-        ),
+        )
     ],
 )
 def test_mistakes_end_with_one_line(trained, script, extra, message):
@@ -160,7 +160,7 @@ def test_mistakes_end_with_one_line(trained, script, extra, message):
     assert result.stderr.count('\n') == 1
     if 'ACCUMULATE_GRAD_BATCHES=2' in extra:
         assert 'only 2 optimizer steps per epoch' in result.stdout
-        assert 'ACCUMULATE_GRAD_BATCHES=1 gives 3' in result.stdout
+        assert 'a smaller ACCUMULATE_GRAD_BATCHES: 1 gives 3' in result.stdout
 
 
 def test_a_broken_image_is_named_by_the_worker_that_meets_it(trained, tmp_path):

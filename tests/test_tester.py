@@ -28,7 +28,7 @@ def model(tmp_path):
 
 def predict(models, threshold=0.5):
     config.PATH = __file__  # stands for the checkpoint
-    Lightning_tester.predict_test(models, threshold, Lightning_tester.list_test_files())
+    Lightning_tester.predict_test(models, threshold, predictor.list_test_files())
 
 
 def submission(model):
@@ -84,7 +84,8 @@ def test_sample_submission_gives_the_order(model, tmp_path, capsys):
     config.TEST_CSV = str(tmp_path / 'order.csv')
     assert list(submission(model)) == ['c.png', 'a.png']
     told = capsys.readouterr().out
-    assert '1 images of' in told and 'gone.png' in told and 'are not in' in told and 'b.png' in told
+    assert '1 test images are not in TEST_PATH, left out: gone\n' in told
+    assert '1 test images not in TEST_CSV, left out: b\n' in told
 
 
 def test_without_a_trained_model_the_next_step_is_named(model):
@@ -190,7 +191,7 @@ def test_ones_own_images_are_predicted_beside_another_list(model, tmp_path, caps
     config.TEST_CSV = str(tmp_path / 'sample_submission.csv')
     (tmp_path / 'sample_submission.csv').write_text('img,rle_mask\nother.png,1 1\n')
     assert set(submission(model)) == {'mine.png'}
-    assert 'lists none of the images' in capsys.readouterr().out
+    assert 'lists no image of' in capsys.readouterr().out
 
 
 def test_a_killed_run_on_other_images_is_not_resumed(model, tmp_path):
@@ -211,10 +212,10 @@ def test_a_killed_run_on_other_images_is_not_resumed(model, tmp_path):
 
 def test_what_is_not_predicted_is_told(model, tmp_path, capsys):
     (tmp_path / 'test/a.jpg').write_bytes(b'')
-    but = 'no images *.png (IMAGE_SUFFIX), but 1 .jpg'
-    for folder, told in (('test', but), ('x', 'no such folder')):
+    but = 'no file *.png, but 1 .jpg: set TEST_PATH or its suffix'
+    for folder, told in (('test', but), ('x', 'no such folder: set TEST_PATH or INPUT')):
         config.TEST_PATH = str(tmp_path / folder)
         predict({0: model})
-        assert f'{told}: nothing to predict' in capsys.readouterr().out
-    with pytest.raises(config.UserMistake, match='is a folder: .* PATH to a .ckpt'):
+        assert f'{told}; nothing to predict' in capsys.readouterr().out
+    with pytest.raises(config.UserMistake, match='no such checkpoint: .* PATH to a .ckpt'):
         Lightning_tester.load_model(str(tmp_path))

@@ -153,7 +153,7 @@ def test_a_full_disk_is_told_in_one_line(ready, tmp_path):
 
 def test_out_of_gpu_memory_says_what_to_try():
     config.TRAIN_BATCH_SIZE, config.ACCUMULATE_GRAD_BATCHES, config.CROP_SIZE = 4, 8, 1024
-    told = pytest.raises(config.UserMistake, match=r'SIZE=2 .*BATCHES=16.*\(768, 768\)')
+    told = pytest.raises(config.UserMistake, match=r'SIZE=2 and double ACCUM.*\(768, 768\)')
     with told, runtime.explain_errors():
         raise torch.OutOfMemoryError('CUDA out of memory')
     config.TRAIN_BATCH_SIZE = 1
