@@ -14,6 +14,11 @@ import dice_loss
 import folds
 import metrics
 import model_dispatcher
+import optimizers
+
+
+class NotFinite(config.UserMistake):
+    """A loss is NaN or infinite."""
 
 
 class CarvanaModel(pl.LightningModule):
@@ -51,6 +56,7 @@ class CarvanaModel(pl.LightningModule):
         for name in ('MODEL_MEAN', 'MODEL_STD'):
             values = 255 * torch.tensor(self.hparams[name]).reshape(1, -1, 1, 1)
             self.register_buffer(name, values, persistent=False)
+        self.epochs_done = 0  # of a run that is resumed
         self.recent_losses = []  # (loss, image names) of the batches not checked yet
         self.image_digests = None  # folds.digests of the images it was trained and validated on
 
@@ -65,9 +71,29 @@ class CarvanaModel(pl.LightningModule):
         return self.model(images.contiguous(memory_format=torch.channels_last))
 
     # ------------------------------------------------------------ training
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        # Fused on every device: a run may be resumed on another one.
-        return torch.optim.Adam(self.parameters(), lr=self.hparams.LR, fused=True)
+    def configure_optimizers(self):
+        optimizer, name = optimizers.build_optimizer(self), self.hparams.SCHEDULE
+        if name is None:
+            return optimizer
+        schedule = optimizers.build_schedule(
+            name, optimizer, int(self.trainer.estimated_stepping_batches)
+        )
+        when = {'interval': 'step'}
+        if name == 'plateau':
+            # At the last batch, after validation: by epoch it would miss the epoch's checkpoint.
+            when |= {'frequency': self.trainer.num_training_batches, 'monitor': 'val_dice'}
+        return [optimizer], [{'scheduler': schedule, 'strict': False, **when}]
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        scaler = getattr(self.trainer.precision_plugin, 'scaler', None)
+        scale = scaler.get_scale() if scaler else 0
+        super().optimizer_step(*args, **kwargs)
+        # The GradScaler lowers its scale when it skips a step.
+        self.step_skipped = scaler is not None and scaler.get_scale() < scale
+
+    def lr_scheduler_step(self, schedule, metric) -> None:
+        if metric is not None or not self.step_skipped:
+            super().lr_scheduler_step(schedule, metric)
 
     def on_fit_start(self) -> None:
         self.image_digests = folds.digests(self.hparams.val_folds[0])
@@ -95,7 +121,7 @@ class CarvanaModel(pl.LightningModule):
         return loss * (window / short) if batch_index >= batches - short else loss
 
     def check_losses(self) -> None:
-        """Raise config.UserMistake for a loss that is not finite.
+        """Raise NotFinite for a loss that is not finite.
 
         It looks at several batches at a time, because each look waits for the device. A step that
         the GradScaler skips has a finite loss and is not reported here.
@@ -105,24 +131,32 @@ class CarvanaModel(pl.LightningModule):
         losses, names = zip(*self.recent_losses)
         self.recent_losses = []
         for loss, batch in zip(torch.stack(losses).tolist(), names):
-            if not math.isfinite(loss):
-                advice = f'a lower LR than {self.hparams.LR}'
-                if self.trainer.precision == '16-mixed':
-                    advice = f"PRECISION='bf16' (or 32) in place of 16, or {advice}"
-                raise config.UserMistake(
-                    f'the loss is {loss} in epoch {self.current_epoch + 1} at the images '
-                    f'{", ".join(batch)}: try {advice}. The last good checkpoint is kept'
-                )
+            self.check_finite(loss, 'the loss', f' at the images {", ".join(batch)}')
+
+    def check_finite(self, loss: float, name: str, where: str = '') -> None:
+        if not math.isfinite(loss):
+            advice = f'a lower LR than {self.hparams.LR}'
+            if self.trainer.precision == '16-mixed':
+                advice = f"PRECISION='bf16' (or 32) in place of 16, or {advice}"
+            raise NotFinite(
+                f'{name} is {loss} in epoch {self.current_epoch + 1}{where}: RESUME=True with '
+                f'{advice} goes on from the last good checkpoint, if there is one'
+            )
 
     # ------------------------------------------------------------ validation
     def on_validation_start(self) -> None:
         self.check_losses()
-        if self.trainer.world_size > 1:
-            # Each rank has its own batch norm averages; checkpoints hold those of rank 0.
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, 0)
+        self.share_buffers()
         names = self.trainer.val_dataloaders.dataset.names
         self.row = {name: row for row, name in enumerate(names)}
+
+    def on_validation_epoch_start(self) -> None:
+        self.share_buffers()  # EMA has put the average in the model's place by now
+
+    def share_buffers(self) -> None:
+        """Each rank has its own batch norm statistics. Checkpoints hold those of rank 0."""
+        for buffer in self.model.buffers() if self.trainer.world_size > 1 else ():
+            torch.distributed.broadcast(buffer, 0)
 
     def validation_step(self, batch: dict, batch_index: int) -> torch.Tensor:
         """Returns the predicted class indices, uint8 (N, H, W)."""
@@ -136,8 +170,10 @@ class CarvanaModel(pl.LightningModule):
         return prediction
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.scores.compute(), sync_dist=True)
+        scores = self.scores.compute()
         self.scores.reset()
+        self.check_finite(scores['val_loss'].item(), 'val_loss')
+        self.log_dict(scores, sync_dist=True)
 
     # ------------------------------------------------------------ checkpoints
     def on_save_checkpoint(self, checkpoint: dict) -> None:
@@ -145,6 +181,13 @@ class CarvanaModel(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.image_digests = checkpoint.get('image_digests')
+        self.epochs_done = checkpoint['epoch'] + 1
+        # After a stop by NaN, a run may go on with another LR.
+        factor = self.hparams.LR / checkpoint['hyper_parameters']['LR']
+        if factor != 1:
+            optimizers.scale_rates(
+                [checkpoint['optimizer_states'], checkpoint['lr_schedulers']], factor
+            )
 
     def export(self, folder: Path, threshold: float) -> None:
         """Write the network for segmentation_models_pytorch.from_pretrained.
@@ -175,9 +218,8 @@ class CarvanaModel(pl.LightningModule):
         data = dataset.CarvanaDataset(self.hparams.train_folds, train=True)
         batch_size = self.hparams.TRAIN_BATCH_SIZE
         sampler = dataset.EpochSampler(data, *self.ranks(), shuffle=True, seed=self.hparams.SEED)
-        if self._trainer:
-            # Workers prefetch the first items before Lightning sets a resumed run's epoch.
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+        # Workers prefetch the first items before Lightning sets a resumed run's epoch.
+        sampler.set_epoch(self.epochs_done)
         # Batch norm cannot average over a last batch of one image.
         drop_last = batch_size > 1 and len(sampler) % batch_size == 1
         return self.build_loader(sampler, batch_size, drop_last)

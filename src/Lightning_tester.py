@@ -37,7 +37,8 @@ import predictor
 import runtime
 from Lightning_module import CarvanaModel
 
-THRESHOLDS = [round(0.05 * step, 2) for step in range(1, 20)]  # tried out of fold
+# Tried out of fold; denser at the ends, where few images decide.
+THRESHOLDS = [p / 100 for p in (*range(1, 5), *range(5, 96, 5), *range(96, 100))]
 
 
 def main() -> None:
@@ -96,6 +97,8 @@ def load_model(file: str) -> CarvanaModel:
         raise config.UserMistake(
             f'{file}: not a checkpoint that can be loaded ({config.shorten(error)})'
         ) from None
+    if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+        raise config.UserMistake(f'{file}: its weights are not finite: train it again')
     size = 'x'.join(map(str, model.input_size[:2]))
     runtime.print_once(f'{file}: {model.hparams.MODEL_NAME}, {size} pixels')
     return model.eval()
@@ -116,7 +119,8 @@ def score_out_of_fold(models: dict[int, CarvanaModel]) -> float:
         threshold = config.THRESHOLD or 0.5
         runtime.print_once(f'{reason}: nothing to score out of fold, threshold {threshold}')
         return threshold
-    classes = next(iter(models.values())).hparams.CLASSES
+    hparams = next(iter(models.values())).hparams
+    classes = hparams.CLASSES
     thresholds = sorted({*THRESHOLDS, config.THRESHOLD or 0.5}) if classes == 1 else [0.5]
     table, counts = folds.read_folds(list(models)).sort_values(['kfold', 'img']), []
     for fold, rows in table.groupby('kfold'):
@@ -135,7 +139,7 @@ def score_out_of_fold(models: dict[int, CarvanaModel]) -> float:
     if rank_zero_only.rank == 0:
         output = config.path(config.OUTPUT)
         files.write_table(table[['img', 'kfold', 'dice', 'iou']], output / 'oof.csv')
-        print_scores(table)
+        print_scores(table, runtime.trial_note(hparams.get('LIMIT_BATCHES')))
         if classes > 1:
             print_classes(counts[:, 0])
         else:
@@ -166,14 +170,14 @@ def image_batches(names, model: CarvanaModel, scored: bool = False) -> predictor
     return predictor.ImageBatches(image_files, model.input_size, mask_files * scored, *rule)
 
 
-def print_scores(table: pd.DataFrame) -> None:
+def print_scores(table: pd.DataFrame, note: str) -> None:
     """Print mean Dice and IoU per fold and overall, and the ten worst images."""
     scores = table.groupby('kfold').agg(
         images=('img', 'size'), dice=('dice', 'mean'), spread=('dice', 'std'), iou=('iou', 'mean')
     )
     scores.loc['all'] = [len(table), table.dice.mean(), table.dice.std(), table.iou.mean()]
     scores['images'] = scores.images.astype(int)
-    print("out of fold, at the images' own size")
+    print(f"out of fold, at the images' own size{note}")
     print(scores.to_string(float_format='%.4f'))
     print('worst')
     print(
@@ -244,7 +248,8 @@ def predict_test(models: dict[int, CarvanaModel], threshold: float, test_files: 
             mask = masks.read_mask(mask_folder / f'{image_file.stem}.png', classes)
         samples[image_file.name] = image, mask
     plots.save(plots.samples(samples, classes), output / 'test_samples.png')
-    print(f'{len(test_files)} images of {config.TEST_PATH}: submission.csv, test_samples.png')
+    note = runtime.trial_note(first.hparams.get('LIMIT_BATCHES'))
+    print(f'{len(test_files)} images of {config.TEST_PATH}: submission.csv, test_samples.png{note}')
 
 
 if __name__ == '__main__':

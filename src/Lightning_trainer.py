@@ -40,9 +40,10 @@ import dataset
 import files
 import folds
 import model_dispatcher
+import optimizers
 import plots
 import runtime
-from Lightning_module import CarvanaModel
+from Lightning_module import CarvanaModel, NotFinite
 
 
 def main() -> None:
@@ -66,7 +67,7 @@ def main() -> None:
     print(
         f'val_dice {models.val_dice.mean():.4f} +- {models.val_dice.std(ddof=0):.4f} over '
         f'{len(models)} folds at CROP_SIZE, {(time.monotonic() - start) / 60:.1f} minutes, '
-        f'{files.relative(files.models_file())}'
+        f'{files.relative(files.models_file())}{runtime.trial_note(config.LIMIT_BATCHES)}'
     )
 
 
@@ -98,13 +99,14 @@ def train_fold(fold: int) -> None:
     rank_zero = rank_zero_only.rank == 0
     with files.file_lock(logs / f'.fold{fold}.lock', busy) if rank_zero else nullcontext():
         run = callbacks.find_run(fold) if config.RESUME else None
-        if run is None or len(run.history) < config.EPOCHS:
+        if config.RESUME and run is None:
+            runtime.print_once(f'RESUME=True: no run of fold {fold} to go on with: starts anew')
+        if run is None or not run.finished:
             fit(fold, run)
-        elif rank_zero:  # killed after its last epoch, or before models.csv was removed
-            title = f'fold {fold}: {config.MODEL_NAME}'
-            plots.save(plots.curves(run.history, title), run.folder / 'curves.png')
-            files.enter_model(fold, run.folder, run.best, run.history)
-            print(f'fold {fold} is finished, {config.EPOCHS} epochs: {files.relative(run.folder)}')
+        elif rank_zero:
+            record(fold, run.folder, run.best, run.log)
+            epochs = len(run.log['history'])
+            print(f'fold {fold} is finished, {epochs} epochs: {files.relative(run.folder)}')
 
 
 def fit(fold: int, run: callbacks.Run | None) -> None:
@@ -115,6 +117,7 @@ def fit(fold: int, run: callbacks.Run | None) -> None:
     others = [other for other in range(config.N_FOLDS) if other != fold]
     model = CarvanaModel(others, [fold], pretrained=run is None)
     dataset.build_augmentation(config.AUGMENTATION, config.CHANNELS)  # a wrong name is told now
+    optimizers.build_optimizer(model)
     model_dispatcher.try_out(
         model.model, config.MODEL_NAME, config.TRAIN_BATCH_SIZE, config.INPUT_SHAPE
     )
@@ -128,15 +131,19 @@ def fit(fold: int, run: callbacks.Run | None) -> None:
     if trainer.is_global_zero:
         print_start(fold, table, model, trainer)
         if run:
-            print(f'resumes   after epoch {len(run.history)} of {config.EPOCHS}', flush=True)
+            done = len(run.log['history'])
+            print(f'resumes   after epoch {done} of {config.EPOCHS}', flush=True)
     checkpoint = run.checkpoint if run else None
     try:
         with runtime.explain_errors():
             trainer.fit(model, ckpt_path=checkpoint, weights_only=True)
+    except NotFinite as mistake:
+        (Path(trainer.logger.log_dir) / callbacks.NOT_FINITE).write_text(f'{mistake}\n')
+        raise
     except SIGTERMException:  # Lightning would end this process with status 0
         sys.exit(128 + signal.SIGTERM)
     if trainer.is_global_zero:
-        finish(fold, trainer, log.history, time.monotonic() - start)
+        finish(fold, trainer, log, time.monotonic() - start)
 
 
 def make_trainer(fold: int, run: callbacks.Run | None) -> tuple[pl.Trainer, callbacks.EpochLog]:
@@ -151,7 +158,10 @@ def make_trainer(fold: int, run: callbacks.Run | None) -> tuple[pl.Trainer, call
     trainer = runtime.trainer(
         max_epochs=config.EPOCHS,
         accumulate_grad_batches=config.ACCUMULATE_GRAD_BATCHES,
-        callbacks=[*callbacks.checkpoints(), log, callbacks.PredictionImages(), *bars],
+        gradient_clip_val=config.GRADIENT_CLIP,
+        limit_train_batches=config.LIMIT_BATCHES,
+        limit_val_batches=config.LIMIT_BATCHES,
+        callbacks=[*callbacks.checkpoints_and_stop(), log, callbacks.PredictionImages(), *bars],
         plugins=plugins,
         enable_progress_bar=bool(bars),
         logger=TensorBoardLogger(
@@ -163,6 +173,9 @@ def make_trainer(fold: int, run: callbacks.Run | None) -> tuple[pl.Trainer, call
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
+    if config.EMA is not None:
+        average = optimizers.weight_average(config.EMA, trainer.strategy.root_device)
+        trainer.callbacks.insert(0, average)
     return trainer, log
 
 
@@ -180,8 +193,9 @@ def print_start(fold: int, table: pd.DataFrame, model: CarvanaModel, trainer: pl
         'fold': f'{fold}: {", ".join(images)}',
         'model': f'{config.MODEL_NAME}, {parameters:.1f} M parameters, encoder weights '
         f'{config.ENCODER_WEIGHTS}, input {tuple(config.INPUT_SHAPE)}',
-        'training': f'{config.LOSS}, Adam at {config.LR}, {config.EPOCHS} epochs of {batches} batches '
-        f'of {config.TRAIN_BATCH_SIZE} and {steps} optimizer steps',
+        'training': f'{config.LOSS}, {config.EPOCHS} epochs of {batches} batches of '
+        f'{config.TRAIN_BATCH_SIZE} and {steps} optimizer steps',
+        'optimizer': f'{config.OPTIMIZER} at {config.LR}, SCHEDULE={config.SCHEDULE}, EMA={config.EMA}',
         'device': f'{runtime.device_name(trainer)}, {config.NUM_WORKERS} workers',
         'precision': ': '.join(runtime.precision()),
         'logs': files.relative(Path(trainer.logger.log_dir)),
@@ -194,20 +208,33 @@ def print_start(fold: int, table: pd.DataFrame, model: CarvanaModel, trainer: pl
     print('\n'.join(f'{key:10s}{value}' for key, value in lines.items()), flush=True)
 
 
-def finish(fold: int, trainer: pl.Trainer, history: list[dict], seconds: float) -> None:
-    """Write curves, profile and models.csv; print the best score and where things are."""
+def record(fold: int, folder: Path, checkpoint: Path, log: dict) -> dict:
+    """Write curves.png and models.csv. Returns the logged values of the best epoch."""
+    curves = plots.curves(log['history'], log['rates'], f'fold {fold}: {config.MODEL_NAME}')
+    plots.save(curves, folder / 'curves.png')
+    return files.enter_model(fold, folder, checkpoint, log['history'])
+
+
+def finish(fold: int, trainer: pl.Trainer, log: callbacks.EpochLog, seconds: float) -> None:
+    """Write profile, curves and models.csv; print the best score and where things are."""
     folder = Path(trainer.logger.log_dir)
     (folder / 'profile.txt').write_text(trainer.profiler.summary())
-    plots.save(plots.curves(history, f'fold {fold}: {config.MODEL_NAME}'), folder / 'curves.png')
     checkpoint = Path(trainer.checkpoint_callback.best_model_path)
-    best = files.enter_model(fold, folder, checkpoint, history)
+    best = record(fold, folder, checkpoint, log.state_dict())
+    # TensorBoard's tab HPARAMS shows runs that log a metric with their constants.
+    trainer.logger.log_hyperparams(
+        trainer.lightning_module.hparams, {'best_val_dice': best['val_dice']}
+    )
+    if len(log.history) < config.EPOCHS:
+        epochs = len(log.history)
+        print(f'no better val_dice in {config.PATIENCE} epochs: stopped after {epochs}')
     share = runtime.data_wait_share(trainer.profiler.recorded_durations)
     print(
         f'fold {fold}: best val_dice {best["val_dice"]:.4f} in epoch {best["epoch"] + 1}, '
         f'{seconds / 60:.1f} minutes, peak memory {runtime.peak_memory_mb():.0f} MB, '
         f'{files.relative(checkpoint)}\n'
         f'the {trainer.strategy.root_device.type} waited for data in {share:.0%} of the time'
-        f'{runtime.faster_input(share)}',
+        f'{runtime.faster_input(share)}{runtime.trial_note(config.LIMIT_BATCHES)}',
         flush=True,
     )
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -21,6 +21,9 @@ import config
 import files
 import folds
 import plots
+import runtime
+
+NOT_FINITE = 'not_finite.txt'  # in a version folder: the message that its training stopped with
 
 
 class ProgressBar(TQDMProgressBar):
@@ -42,21 +45,27 @@ def progress_bars() -> list[Callback]:
 class EpochLog(Callback):
     """Prints one line per epoch, and writes metrics.csv: one row per epoch.
 
-    `history` is a list with a dictionary of all logged values per epoch. It is saved in every
-    checkpoint, so a resumed run has the epochs before it.
+    `history` has a dictionary of all logged values per epoch, `rates` pairs of finished epochs, such
+    as 2.5, and learning rate. Both are saved in every checkpoint, for a resumed run.
     """
 
     def __init__(self, fold: int):
-        self.fold, self.history = fold, []
+        self.fold, self.history, self.rates = fold, [], []
 
     def state_dict(self) -> dict:
-        return {'history': self.history}
+        return {'history': self.history, 'rates': self.rates}
 
     def load_state_dict(self, state: dict) -> None:
-        self.history = list(state['history'])
+        self.history, self.rates = list(state['history']), list(state['rates'])
 
     def on_train_epoch_start(self, trainer, module) -> None:
         self.start = time.monotonic()
+
+    def on_train_batch_start(self, trainer, module, batch, batch_index) -> None:
+        batches = trainer.num_training_batches
+        if batch_index % max(1, batches // 20) == 0:
+            rate = float(module.optimizers().param_groups[0]['lr'])
+            self.rates.append([trainer.current_epoch + batch_index / batches, rate])
 
     def on_train_epoch_end(self, trainer, module) -> None:
         values = {'epoch': trainer.current_epoch, 'step': trainer.global_step}
@@ -123,14 +132,17 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict({**state, **paths, 'dirpath': self.dirpath, 'best_k_models': best})
 
 
-def checkpoints() -> list[ModelCheckpoint]:
-    """The best checkpoint, and last.ckpt after every epoch."""
+def checkpoints_and_stop() -> list[Callback]:
+    """The best checkpoint, last.ckpt after every epoch, and the stop after PATIENCE epochs."""
     always = {'save_on_train_epoch_end': True}
     best = BestCheckpoint(
         filename='{epoch}-{val_dice:.4f}', monitor='val_dice', mode='max', **always
     )
     # `save_last` would write last.ckpt after the best epochs alone.
-    return [best, ModelCheckpoint(filename='last', enable_version_counter=False, **always)]
+    last = ModelCheckpoint(filename='last', enable_version_counter=False, **always)
+    if config.PATIENCE is None:
+        return [best, last]
+    return [best, last, EarlyStopping('val_dice', mode='max', patience=config.PATIENCE)]
 
 
 class Run(NamedTuple):
@@ -139,7 +151,8 @@ class Run(NamedTuple):
     folder: Path
     checkpoint: Path  # the newest
     best: Path
-    history: list[dict]  # one dictionary of logged values per finished epoch
+    log: dict  # state of EpochLog
+    finished: bool
 
 
 def version_folders() -> list[Path]:
@@ -188,8 +201,13 @@ def find_run(fold: int) -> Run | None:
         if state['hyper_parameters']['val_folds'] != [fold]:
             continue
         check_resumable(folder, fold, state)
-        (best,) = (v for k, v in state['callbacks'].items() if k.startswith('BestCheckpoint'))
-        best = newest.with_name(Path(best['best_model_path']).name)
+        saved = {key.partition('{')[0]: value for key, value in state['callbacks'].items()}
+        best = newest.with_name(Path(saved['BestCheckpoint']['best_model_path']).name)
+        stopping = saved.get('EarlyStopping', {'wait_count': 0, 'patience': 1})
+        finished = (
+            len(saved['EpochLog']['history']) >= config.EPOCHS
+            or stopping['wait_count'] >= stopping['patience']
+        )
         if tidy:
             if newest.name != 'last.ckpt':  # killed between saving the two
                 with files.atomic_write(newest.with_name('last.ckpt')) as temporary:
@@ -197,7 +215,7 @@ def find_run(fold: int) -> Run | None:
                 newest = newest.with_name('last.ckpt')
             for other in set(states) - {newest, best}:
                 other.unlink(missing_ok=True)
-        return Run(folder, newest, best, state['callbacks']['EpochLog']['history'])
+        return Run(folder, newest, best, saved['EpochLog'], finished)
     return None
 
 
@@ -223,15 +241,21 @@ def read_checkpoint(file: Path) -> dict | None:
 def check_resumable(folder: Path, fold: int, state: dict) -> None:
     """Raise config.UserMistake if a run was started with other constants or images."""
     saved = state['hyper_parameters']
+    may_differ = {'LR', 'PRECISION'} if (folder / NOT_FINITE).exists() else set()
+    schedule = saved.get('SCHEDULE')
+    if schedule in (None, 'plateau') and saved['EPOCHS'] < config.EPOCHS:
+        may_differ.add('EPOCHS')
     differ = config.differing_constants(saved, config.constants())
-    if saved['EPOCHS'] < config.EPOCHS:  # more epochs are fine
-        differ.remove('EPOCHS')
-    if differ:
-        was = ', '.join(f'{name}={saved[name]}' for name in differ)
+    if set(differ) - may_differ:
+        was = ', '.join(f'{name}={saved[name]}' for name in differ if name not in may_differ)
+        planned = f" (SCHEDULE='{schedule}' was planned for them)" * ('EPOCHS' in differ)
         raise config.UserMistake(
-            f'RESUME=True: {folder.name} was started with {was}: set the same (or more EPOCHS), or '
+            f'RESUME=True: {folder.name} was started with {was}{planned}: set the same, or '
             'RESUME=False to start anew'
         )
+    for name in differ:
+        now = getattr(config, name)
+        runtime.print_once(f'resumes {folder.name} with {name}={now}, was {saved[name]}')
     if state['image_digests'] != folds.digests(fold):
         raise config.UserMistake(
             f'RESUME=True: {folder.name} was started with other images in its folds than '

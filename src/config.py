@@ -59,8 +59,15 @@ ENCODER_WEIGHTS: str | None = 'imagenet'  # or None, or the path of a weights fi
 # ---------------------------------------------------------------- training
 LOSS: str = 'IoULoss'  # any name in dice_loss.LOSSES
 LOSS_ARGS: dict = {}  # its arguments, e.g. {'alpha': 0.5, 'beta': 0.5} for TverskyLoss
-LR: float = 0.001
+LR: float = 0.001  # the highest that SCHEDULE reaches
+SCHEDULE: str | None = 'cosine'  # of LR: 'cosine', 'onecycle', 'poly', 'plateau'; None = constant
+OPTIMIZER: str = 'Adam'  # any class of torch.optim
+OPTIMIZER_ARGS: dict = {}  # its arguments, e.g. {'weight_decay': 0.01} for AdamW
+EMA: float | None = 0.99  # decay of the average of the weights, which is what is kept; None = off
+GRADIENT_CLIP: float | None = None  # largest norm of the gradients
 EPOCHS: int = 7
+PATIENCE: int | None = None  # stop after so many epochs without a better val_dice
+LIMIT_BATCHES: int | None = None  # batches per epoch, to try a configuration in a minute
 TRAIN_BATCH_SIZE: int = 4  # images per device
 VAL_BATCH_SIZE: int = 4  # images per device, also in the tester
 ACCUMULATE_GRAD_BATCHES: int = 64  # batches per optimizer step, for thousands of images

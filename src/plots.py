@@ -120,24 +120,30 @@ def samples(masks: dict[str, tuple], classes: int) -> Figure:
     return fig
 
 
-def curves(table, title: str) -> Figure:
-    """Loss, scores and learning rate over the epochs of metrics.csv."""
+def curves(history: list[dict], rates: list, title: str) -> Figure:
+    """Loss and scores after each epoch, and the learning rate within them.
+
+    Args:
+        history: a dictionary of logged values per epoch.
+        rates: pairs of finished epochs, such as 2.5, and learning rate.
+    """
     fig, axes = figure(1, 3, 3.6, 2.8, title)
-    epochs = table.groupby('epoch').last().dropna(axis=1, how='all')
     panels = {
         'loss': {'train_loss': ORANGE, 'val_loss': BLUE},
         'mean over images': {'val_dice': BLUE, 'val_iou': GREEN},
-        'learning rate': {'lr': BLACK},
     }
     for axis, (label, columns) in zip(axes[0], panels.items()):
-        for column in [column for column in columns if column in epochs]:
-            line = epochs[column].dropna()
-            axis.plot(line.index + 1, line, color=columns[column], marker='o', ms=3, label=column)
-        axis.set(xlabel='epoch', ylabel=label, xlim=(0.5, len(epochs) + 0.5))
+        for column, colour in columns.items():
+            points = [(row['epoch'] + 1, row[column]) for row in history]
+            axis.plot(*zip(*points), color=colour, marker='o', ms=3, label=column)
+        axis.legend(fontsize=8, frameon=False)
+        axis.set_ylabel(label)
+    axes[0, 2].plot(*zip(*rates), color=BLACK)
+    axes[0, 2].set(ylabel='learning rate', ylim=(0, None))
+    for axis in axes[0]:
+        axis.set(xlabel='epochs', xlim=(0, len(history) + 0.5))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, frameon=False)
-    axes[0, 2].set_ylim(bottom=0)
     return fig
 
 

@@ -123,8 +123,13 @@ class Predictor(pl.LightningModule):
         has masks, counts instead."""
         if not batch:
             return []  # see `share`
-        results = []
-        for n, p in enumerate(self.probabilities(batch['image'])):
+        results, probabilities = [], self.probabilities(batch['image'])
+        if not probabilities.isfinite().all():
+            raise config.UserMistake(
+                f'the predictions for {files.first_few(batch["img"])} are not finite with '
+                f"PRECISION={config.PRECISION}: try 'bf16' or 32"
+            )
+        for n, p in enumerate(probabilities):
             p = F.interpolate(p[None], batch['shape'][n], mode='bilinear')
             if 'mask' in batch:
                 results.append(self.count(p, batch['mask'][n]).cpu().numpy())

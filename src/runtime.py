@@ -55,6 +55,11 @@ def quiet_trainer(**arguments) -> pl.Trainer:
     return trainer(**{**dict.fromkeys(quiet, False), **arguments})
 
 
+def trial_note(limit: int | None) -> str:
+    """What every score after a training with LIMIT_BATCHES is followed by."""
+    return '' if limit is None else f' (LIMIT_BATCHES={limit}: A TRIAL ON A FEW BATCHES, NO SCORE)'
+
+
 def hide_warnings() -> None:
     """Hide what other packages say that the user can do nothing about."""
     for name in ('pytorch_lightning', 'lightning', 'lightning_fabric'):

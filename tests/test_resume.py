@@ -107,16 +107,23 @@ def test_finished_folds_are_left_alone_and_other_constants_refused(undisturbed, 
     ):
         Lightning_trainer.train_fold(0)
     command_line.override([*words, 'RESUME=True', 'EPOCHS=2'])
-    with pytest.raises(config.UserMistake, match=r'started with EPOCHS=\d: set the same'):
-        Lightning_trainer.train_fold(0)
+    for epochs in (2, 9):  # the annealing was planned for another number
+        command_line.override([*words, 'RESUME=True', f'EPOCHS={epochs}'])
+        message = r"started with EPOCHS=\d \(SCHEDULE='cosine' was planned for them\): set the same"
+        with pytest.raises(config.UserMistake, match=message):
+            Lightning_trainer.train_fold(0)
 
 
 def test_more_epochs_go_on_from_the_last_in_a_folder_that_was_moved(undisturbed, tmp_path, capsys):
     folder, words = undisturbed
-    shutil.copytree(folder / 'logs', tmp_path / 'moved')
-    best = pd.read_csv(folder / 'output/models.csv').checkpoint[0]
-    moved = [f'LOGS_PATH={tmp_path}/moved', f'OUTPUT={tmp_path}/output', 'EPOCHS=5', 'RESUME=True']
-    command_line.override([*words, *moved, f'TRAIN_FOLDS={folder}/output/train_folds.csv'])
+    words = [*words, f'LOGS_PATH={tmp_path}/logs', f'OUTPUT={tmp_path}/output', 'SCHEDULE=None']
+    words.append(f'TRAIN_FOLDS={folder}/output/train_folds.csv')
+    command_line.override(words)
+    Lightning_trainer.train_fold(0)
+    shutil.copytree(tmp_path / 'logs', tmp_path / 'moved')
+    best = pd.read_csv(tmp_path / 'output/models.csv').checkpoint[0]
+    capsys.readouterr()
+    command_line.override([*words, f'LOGS_PATH={tmp_path}/moved', 'EPOCHS=5', 'RESUME=True'])
     Lightning_trainer.train_fold(0)
     told = capsys.readouterr().out
     assert 'epoch   5/5' in told and 'epoch   3/5' not in told
@@ -125,22 +132,55 @@ def test_more_epochs_go_on_from_the_last_in_a_folder_that_was_moved(undisturbed,
     assert os.path.isfile(row.checkpoint)
     history = pd.read_csv(tmp_path / 'moved/version_0/metrics.csv')
     assert row.val_dice == history.val_dice.max() and len(history.val_dice.dropna()) == 5
-    assert os.path.isfile(folder / best)  # what was moved from is left alone
+    assert os.path.isfile(best)  # what was moved from is left alone
 
 
-def test_a_resumed_run_is_the_same_with_workers(undisturbed, tmp_path):
-    folder, words = undisturbed
-    states = []
-    for workers in (0, 2):
-        logs = tmp_path / str(workers)
-        shutil.copytree(folder / 'logs', logs)
-        given = [f'LOGS_PATH={logs}', f'OUTPUT={tmp_path}/output', f'NUM_WORKERS={workers}']
-        given += [f'TRAIN_FOLDS={folder}/output/train_folds.csv', 'EPOCHS=5', 'RESUME=True']
-        command_line.override([*words, *given])
+@pytest.mark.parametrize(
+    'words',
+    [
+        ['SCHEDULE=cosine', 'NUM_WORKERS=2'],
+        ['SCHEDULE=onecycle', 'EMA=None'],
+        ['SCHEDULE=poly', 'OPTIMIZER=SGD', "OPTIMIZER_ARGS={'momentum': 0.9}", 'GRADIENT_CLIP=0.1'],
+        ['SCHEDULE=plateau', 'PATIENCE=9'],
+        ['SCHEDULE=None', 'OPTIMIZER=AdamW', "OPTIMIZER_ARGS={'weight_decay': 0.1}"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_stopped_twice_ends_in_the_same_weights_to_the_bit(
+    undisturbed, tmp_path, monkeypatch, words
+):
+    folder, settings = undisturbed
+    start_epoch = callbacks.EpochLog.on_train_epoch_start
+    ends = []
+    for stops in ([], [1, 2]):
+        paths = [f'LOGS_PATH={tmp_path}/{len(stops)}', f'OUTPUT={tmp_path}/output']
+        paths.append(f'TRAIN_FOLDS={folder}/output/train_folds.csv')
+        command_line.override([*settings, *paths, *words])
+        for stop in stops:
+
+            def die(log, trainer, module, stop=stop):
+                if trainer.current_epoch == stop:
+                    raise ZeroDivisionError
+                start_epoch(log, trainer, module)
+
+            monkeypatch.setattr(callbacks.EpochLog, 'on_train_epoch_start', die)
+            with pytest.raises(ZeroDivisionError):
+                Lightning_trainer.train_fold(0)
+            config.RESUME = True
+        monkeypatch.setattr(callbacks.EpochLog, 'on_train_epoch_start', start_epoch)
         Lightning_trainer.train_fold(0)
-        file = logs / 'version_0/checkpoints/last.ckpt'
-        states.append(torch.load(file, weights_only=True)['state_dict'])
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        file = tmp_path / str(len(stops)) / 'version_0/checkpoints/last.ckpt'
+        ends.append(torch.load(file, weights_only=True))
+    first, second = ends
+    assert ('current_model_state' in first) == ('EMA=None' not in words)
+    for key in ('state_dict', 'current_model_state'):
+        for name, tensor in first.get(key, {}).items():
+            assert torch.equal(tensor, second[key][name]), name
+    assert first['lr_schedulers'] == second['lr_schedulers']
+    rates = [[rate for _, rate in end['callbacks']['EpochLog']['rates']] for end in ends]
+    assert rates[0] == rates[1]
+    constant = words[0] in ('SCHEDULE=None', 'SCHEDULE=plateau')
+    assert (rates[0][-1] < max(rates[0])) != constant
 
 
 def test_an_epoch_that_is_not_the_best_is_kept_as_the_last(undisturbed, tmp_path, capsys):
@@ -153,7 +193,7 @@ def test_an_epoch_that_is_not_the_best_is_kept_as_the_last(undisturbed, tmp_path
     assert len(files) == 2 and 'last.ckpt' in files
     config.RESUME = True
     found = callbacks.find_run(0)
-    assert len(found.history) == 2 and found.best.is_file()
+    assert len(found.log['history']) == 2 and found.finished and found.best.is_file()
     Lightning_trainer.train_fold(0)
     assert 'fold 0 is finished, 2 epochs' in capsys.readouterr().out
 
@@ -249,7 +289,7 @@ def test_other_images_in_the_folds_are_refused(undisturbed, tmp_path, capsys):
     other = f'TRAIN_FOLDS={tmp_path}/other.csv'
     command_line.override([*words, other, 'SEED=7'])
     folds.main()
-    command_line.override([*words, other, 'RESUME=True', 'EPOCHS=9'])
+    command_line.override([*words, other, 'RESUME=True'])
     with pytest.raises(config.UserMistake, match='started with other images in its folds'):
         Lightning_trainer.train_fold(0)
     command_line.override([*words, other, f'OUTPUT={tmp_path}/out'])

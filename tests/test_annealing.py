@@ -1,0 +1,329 @@
+"""Schedule, optimizer, average, clipping and stopping, in whole trainings of seconds."""
+
+import math
+
+import pandas as pd
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import run_script, settings
+from pytorch_lightning.plugins.precision import MixedPrecision
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import callbacks
+import command_line
+import config
+import files
+import folds
+import Lightning_module
+import Lightning_tester
+import Lightning_trainer
+import optimizers
+from Lightning_module import CarvanaModel, NotFinite
+
+
+@pytest.fixture
+def ready(carvana):
+    folds.main()
+    return carvana
+
+
+def train(*words, fold=0):
+    command_line.override([*settings(config.path(config.OUTPUT).parent), *words])
+    Lightning_trainer.train_fold(fold)
+
+
+def read(folder, name='last.ckpt', version=0):
+    file = folder / f'logs/version_{version}/checkpoints/{name}'
+    return torch.load(file, weights_only=True)
+
+
+# ------------------------------------------------------------ schedule
+def rates(name, steps, kind=torch.optim.SGD):
+    optimizer = kind([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, seen = optimizers.build_schedule(name, optimizer, steps), []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        schedule.step()
+    return [*seen, optimizer.param_groups[0]['lr']]
+
+
+def test_schedules_by_hand():
+    """20 steps: 3 of them rise, 17 fall."""
+    cosine, poly, onecycle = (rates(name, 20) for name in ('cosine', 'poly', 'onecycle'))
+    rising = [1 / 3, 5 / 9, 7 / 9, 1]
+    assert cosine[:4] == pytest.approx(rising) and poly[:4] == pytest.approx(rising)
+    for step in range(3, 21):
+        angle = math.pi * (step - 3) / 17
+        assert cosine[step] == pytest.approx(0.01 + 0.99 * (1 + math.cos(angle)) / 2)
+        assert poly[step] == pytest.approx((1 - (step - 3) / 17) ** 0.9, abs=1e-9)
+    assert onecycle[0] == pytest.approx(1 / 25) and max(onecycle) == pytest.approx(1)
+    assert onecycle.index(max(onecycle)) == 2 and onecycle[19] == pytest.approx(4e-6)
+
+
+@pytest.mark.parametrize('name', ['cosine', 'poly', 'onecycle'])
+@pytest.mark.parametrize('steps', [1, 2, 3, 7])
+def test_the_shortest_trainings_have_a_schedule(name, steps):
+    assert all(0 <= rate <= 1 for rate in rates(name, steps, torch.optim.AdamW))
+    assert max(rates(name, steps)[:steps]) > 0
+
+
+def test_the_rate_on_a_plateau_is_halved():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = optimizers.build_schedule('plateau', optimizer, 100)
+    seen = []
+    for val_dice in (0.1, 0.5, 0.5, 0.4, 0.6, 0.3):
+        schedule.step(val_dice)
+        seen.append(optimizer.param_groups[0]['lr'])
+    assert seen == [1, 1, 1, 0.5, 0.5, 0.5]
+
+
+def test_the_rate_falls_within_epochs_and_the_picture_shows_it(ready, capsys):
+    train('EPOCHS=2', 'TRAIN_BATCH_SIZE=2', 'LR=0.01')  # 8 images: 4 steps an epoch
+    state = read(ready)
+    epochs, seen = zip(*state['callbacks']['EpochLog']['rates'])
+    assert epochs == (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75)
+    fall = [0.0001 + 0.0099 * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
+    assert seen == pytest.approx([0.005, 0.0075, *fall])
+    assert state['optimizer_states'][0]['param_groups'][0]['lr'] == pytest.approx(0.0001)
+    assert 'Adam at 0.01, SCHEDULE=cosine, EMA=' in capsys.readouterr().out
+    assert (ready / 'logs/version_0/curves.png').is_file()
+
+
+def test_a_step_that_the_scaler_skips_moves_no_schedule(ready):
+    """float16 as on a GPU, emulated: a scale of 2^30 overflows until it has been halved enough."""
+    command_line.override([*settings(ready), 'TRAIN_BATCH_SIZE=2', 'EPOCHS=8'])
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.0**30)
+    model = CarvanaModel([1, 2, 3, 4], [0])
+    trainer = pl.Trainer(
+        accelerator='cpu', max_epochs=8, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        use_distributed_sampler=False, plugins=[MixedPrecision('16-mixed', 'cpu', scaler)],
+    )  # fmt: skip
+    trainer.fit(model)
+    halved = math.log2(2.0**30 / scaler.get_scale())
+    steps = int(next(iter(trainer.optimizers[0].state.values()))['step'])
+    assert halved > 2 and steps == 32 - halved
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == steps
+    assert all(weight.isfinite().all() for weight in model.state_dict().values())
+
+
+# ------------------------------------------------------------ optimizer
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (['OPTIMIZER=AdamV'], "torch.optim has no 'AdamV'; did you mean Adam"),
+        (['OPTIMIZER=Optimizer'], "torch.optim has no 'Optimizer'"),
+        (["OPTIMIZER_ARGS={'momentum': 0.9}"], 'OPTIMIZER=Adam does not take .*momentum'),
+        (['OPTIMIZER=SGD', "OPTIMIZER_ARGS={'momentum': -1}"], 'Invalid momentum value'),
+    ],
+)
+def test_what_torch_does_not_take_is_told_before_the_training(ready, words, message):
+    with pytest.raises(config.UserMistake, match=message):
+        train(*words)
+    assert not (ready / 'logs').exists() or not list((ready / 'logs').glob('version_*'))
+
+
+@pytest.mark.parametrize(
+    ('words', 'kind', 'fused'),
+    [
+        ([], torch.optim.Adam, True),
+        (['GRADIENT_CLIP=1.0'], torch.optim.Adam, None),
+        (['OPTIMIZER=AdamW', "OPTIMIZER_ARGS={'weight_decay': 0.3}"], torch.optim.AdamW, True),
+        (['OPTIMIZER=RAdam', "OPTIMIZER_ARGS={'betas': (0.8, 0.9)}"], torch.optim.RAdam, None),
+        (["OPTIMIZER_ARGS={'fused': False}"], torch.optim.Adam, False),
+    ],
+)
+def test_any_optimizer_of_torch(carvana, words, kind, fused):
+    command_line.override([*settings(carvana), *words])
+    optimizer = optimizers.build_optimizer(CarvanaModel([1], [0]))
+    assert type(optimizer) is kind and optimizer.defaults.get('fused') == fused
+    assert optimizer.defaults['lr'] == 0.001
+    for name, value in config.OPTIMIZER_ARGS.items():
+        assert optimizer.defaults[name] == value
+
+
+def test_gradients_are_clipped(ready, monkeypatch):
+    norms = []
+
+    def look(module, optimizer):
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
+
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam, 'step', lambda self, closure=None: step(self, lambda: after(closure))
+    )
+    models = []
+    build = optimizers.build_optimizer
+    monkeypatch.setattr(
+        optimizers, 'build_optimizer', lambda model: models.append(model) or build(model)
+    )
+
+    def after(closure):
+        loss = closure()
+        look(models[-1], None)
+        return loss
+
+    train('GRADIENT_CLIP=0.001')
+    assert norms and max(norms) <= 0.001 * 1.001
+
+
+# ------------------------------------------------------------ average
+def test_the_average_by_hand_is_what_is_kept(ready, monkeypatch):
+    weights, module_step = [], Lightning_module.CarvanaModel.optimizer_step
+
+    def step(self, *args, **kwargs):
+        module_step(self, *args, **kwargs)
+        weights.append({k: v.clone() for k, v in self.state_dict().items()})
+
+    monkeypatch.setattr(CarvanaModel, 'optimizer_step', step)
+    train('EPOCHS=2', 'TRAIN_BATCH_SIZE=2', 'LR=0.01', 'EMA=0.3')
+    average = weights[0]
+    for number, now in enumerate(weights[1:], 1):
+        decay = min(0.3, (1 + number) / (10 + number))
+        average = {k: decay * average[k] + (1 - decay) * now[k] for k in now}
+    kept, last = read(ready), weights[-1]
+    for name, value in kept['state_dict'].items():
+        if value.is_floating_point():
+            assert torch.allclose(value, average[name], atol=1e-6), name
+            assert torch.equal(kept['current_model_state'][name], last[name])
+    assert any(not torch.equal(v, last[k]) for k, v in kept['state_dict'].items())
+    # The score beside it is that of the average, and the tester takes the same.
+    best = files.read_models().checkpoint[0]
+    model = Lightning_tester.load_model(best).eval()
+    state = torch.load(config.path(best), weights_only=True)['state_dict']
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    trainer = pl.Trainer(accelerator='cpu', logger=False, enable_progress_bar=False)
+    scores = trainer.validate(model, verbose=False)[0]
+    assert scores['val_dice'] == pytest.approx(files.read_models().val_dice[0], abs=1e-6)
+
+
+# ------------------------------------------------------------ length
+def test_patience_ends_a_training_and_resume_leaves_it_so(ready, capsys):
+    words = ['EPOCHS=9', 'PATIENCE=2', 'LR=1e-12', 'EMA=None', "OPTIMIZER_ARGS={'eps': 1.0}"]
+    train(*words)
+    epochs = len(pd.read_csv(ready / 'logs/version_0/metrics.csv'))
+    best = int(pd.read_csv(ready / 'logs/version_0/metrics.csv').val_dice.idxmax())
+    assert epochs == best + 3 < 9
+    assert f'no better val_dice in 2 epochs: stopped after {epochs}' in capsys.readouterr().out
+    files.models_file().unlink()
+    train(*words, 'RESUME=True')
+    assert f'fold 0 is finished, {epochs} epochs' in capsys.readouterr().out
+    assert files.read_models().fold.tolist() == [0]
+
+
+def test_a_trial_on_a_few_batches_is_called_one_everywhere(ready, capsys):
+    train('LIMIT_BATCHES=2', 'TRAIN_BATCH_SIZE=2', 'VAL_BATCH_SIZE=1', 'EPOCHS=2')
+    assert pd.read_csv(ready / 'logs/version_0/metrics.csv').step.tolist() == [2, 4]
+    assert 'LIMIT_BATCHES=2: A TRIAL' in capsys.readouterr().out
+    config.LIMIT_BATCHES = None  # the tester goes by what the model was trained with
+    Lightning_tester.main()
+    told = capsys.readouterr().out
+    assert 'own size (LIMIT_BATCHES=2: A TRIAL' in told
+    assert told.count('A TRIAL') == 2  # the scores and the submission
+
+
+# ------------------------------------------------------------ not finite
+def poison(monkeypatch, epoch, value=math.nan):
+    """Make the gradients of an epoch's last batch NaN."""
+    step = CarvanaModel.training_step
+
+    def poisoned(self, batch, index):
+        bad = self.current_epoch == epoch and index == self.trainer.num_training_batches - 1
+        return step(self, batch, index) * (value if bad else 1)
+
+    monkeypatch.setattr(CarvanaModel, 'training_step', poisoned)
+
+
+@pytest.mark.parametrize('schedule', ['cosine', 'onecycle', 'plateau', 'None'])
+def test_after_nan_a_lower_rate_goes_on_from_the_last_good_checkpoint(
+    ready, monkeypatch, capsys, schedule
+):
+    words = ['EPOCHS=4', f'SCHEDULE={schedule}', 'LR=0.004']
+    with monkeypatch.context() as patch:
+        poison(patch, epoch=2)  # the weights of the third epoch become NaN, and so does val_loss
+        with pytest.raises(
+            NotFinite, match=r'val_loss is nan in epoch 3: RESUME=True with a lower'
+        ):
+            train(*words)
+    assert not files.models_file().exists()
+    good = read(ready)
+    assert good['epoch'] == 1
+    told = capsys.readouterr().out
+    assert 'epoch   2/4' in told and 'epoch   3/4' not in told
+    with pytest.raises(config.UserMistake, match='started with LOSS=IoULoss: set the same'):
+        train(*words, 'RESUME=True', 'LR=0.001', 'LOSS=CE')
+    train(*words, 'RESUME=True', 'LR=0.001', "PRECISION='bf16'")
+    told = capsys.readouterr().out
+    assert 'with LR=0.001, was 0.004' in told and 'with PRECISION=bf16, was 16' in told
+    assert 'resumes   after epoch 2 of 4' in told and 'epoch   3/4' in told
+    state = read(ready)
+    assert state['hyper_parameters']['LR'] == 0.001
+    before, after = ([r for e, r in s['callbacks']['EpochLog']['rates']] for s in (good, state))
+    assert after[: len(before)] == before and len(after) == 2 * len(before)
+    planned = [r for e, r in rates_of_a_whole_training(ready, words)]
+    assert after[len(before) :] == pytest.approx([r / 4 for r in planned[len(before) :]])
+
+
+def rates_of_a_whole_training(folder, words):
+    train(*words, f'LOGS_PATH={folder}/whole')
+    return torch.load(folder / 'whole/version_0/checkpoints/last.ckpt', weights_only=True)[
+        'callbacks'
+    ]['EpochLog']['rates']
+
+
+def test_another_rate_is_refused_where_nothing_was_nan(ready):
+    train('EPOCHS=2')
+    with pytest.raises(config.UserMistake, match='started with LR=0.001'):
+        train('EPOCHS=2', 'RESUME=True', 'LR=0.0001')
+
+
+def test_a_wild_rate_ends_with_status_1_and_a_low_one_goes_on(ready):
+    words = [*settings(ready), 'FOLDS=[0]', 'EPOCHS=3', 'RESUME=True']
+    wild = run_script('Lightning_trainer.py', *words, 'LR=1e30', 'SCHEDULE=None')
+    assert (
+        wild.returncode == 1 and wild.stderr.count('\n') == 1 and ' is nan in epoch' in wild.stderr
+    )
+    assert not files.models_file().exists()
+    low = run_script('Lightning_trainer.py', *words, 'LR=0.001', 'SCHEDULE=None')
+    assert low.returncode == 0, low.stderr
+    assert 'starts anew' in low.stdout or 'with LR=0.001' in low.stdout
+    assert files.read_models().fold.tolist() == [0]
+
+
+def test_the_tester_refuses_weights_that_are_not_finite(ready):
+    train()
+    file = config.path(files.read_models().checkpoint[0])
+    state = torch.load(file, weights_only=True)
+    next(iter(state['state_dict'].values()))[0] = math.nan
+    torch.save(state, file)
+    with pytest.raises(config.UserMistake, match=rf'{file.name}: its weights are not finite'):
+        Lightning_tester.main()
+    assert not (ready / 'output/oof.csv').exists()
+
+
+# ------------------------------------------------------------ what is said and kept
+def test_tensorboard_shows_the_runs_with_their_score(ready):
+    train()
+    events = EventAccumulator(str(ready / 'logs/version_0')).Reload()
+    assert events.Scalars('best_val_dice')[0].value == pytest.approx(
+        files.read_models().val_dice[0]
+    )
+    assert '_hparams_/session_start_info' in events.summary_metadata
+
+
+def test_thresholds_reach_from_one_to_ninety_nine_hundredths():
+    thresholds = Lightning_tester.THRESHOLDS
+    assert thresholds == sorted(thresholds) and 0.5 in thresholds
+    assert (thresholds[0], thresholds[-1]) == (0.01, 0.99)
+
+
+def test_constants_are_checked_before_anything_is_read():
+    for word in ('SCHEDULE=linear', 'EMA=1.5', 'EMA=0', 'PATIENCE=0', 'LIMIT_BATCHES=0.5',
+                 'GRADIENT_CLIP=-1', 'OPTIMIZER_ARGS=3'):  # fmt: skip
+        command_line.override([word])
+        with pytest.raises(config.UserMistake, match=word.partition('=')[0]):
+            command_line.check()
+    assert callbacks.NOT_FINITE
