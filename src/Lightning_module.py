@@ -46,6 +46,8 @@ class CarvanaModel(pl.LightningModule):
         self.model.to(memory_format=torch.channels_last)
         if self.hparams.COMPILE:
             self.model.compile()
+        for name in {'classes', 'ignore_index'} & self.hparams.LOSS_ARGS.keys():
+            raise config.UserMistake(f'{name} is a constant: set {name.upper()}, not LOSS_ARGS')
         self.loss = dice_loss.build_loss(
             self.hparams.LOSS,
             classes=self.hparams.CLASSES,

@@ -37,8 +37,10 @@ import callbacks
 import command_line
 import config
 import dataset
+import dice_loss
 import files
 import folds
+import masks
 import model_dispatcher
 import optimizers
 import plots
@@ -205,7 +207,22 @@ def print_start(fold: int, table: pd.DataFrame, model: CarvanaModel, trainer: pl
             f'only {steps} optimizer step{"s" * (steps > 1)} per epoch: few images want a smaller '
             f'ACCUMULATE_GRAD_BATCHES: {max(1, batches // 10)} gives {min(batches, 10)} steps or more'
         )
+    share = empty_share(table.img.tolist())
+    if share > 0.1 and config.LOSS in dice_loss.NEED_AN_OBJECT:
+        lines['empty'] = (
+            f'{share:.0%} of the masks that were looked at have no object. {config.LOSS} learns '
+            'nothing from them: take DC_and_CE_loss'
+        )
     print('\n'.join(f'{key:10s}{value}' for key, value in lines.items()), flush=True)
+
+
+def empty_share(names: list[str]) -> float:
+    """The share of masks without an object among some 50 of them; 0 with several classes."""
+    if config.CLASSES > 1:
+        return 0
+    mask_files = [folds.files_of(name)[1] for name in names[:: max(1, len(names) // 50)]]
+    found = [(masks.read_mask(file, 1, config.IGNORE_INDEX) == 1).any() for file in mask_files]
+    return 1 - sum(found) / len(found)
 
 
 def record(fold: int, folder: Path, checkpoint: Path, log: dict) -> dict:

@@ -1,10 +1,92 @@
-"""Cross-entropy losses. loss_base.py explains how they are called, and the symbols."""
+"""Cross-entropy losses, and what they share with the overlap losses of dice_loss.py.
+
+A loss is called as loss(logits, mask). Logits are (N, C, H, W). Masks are (N, H, W) and hold class
+indices, 0 and 1 for C = 1. Pixels of IGNORE_INDEX do not count. The loss is the mean over images, 0
+for a perfect prediction, never less. It is computed in float32 or float64, also under autocast.
+
+In the docstrings, p is the probability of a class (sigmoid for C = 1, else softmax), y is 1 in its
+pixels and 0 elsewhere, p_y is the probability of a pixel's true class, ce is -ln(p_y).
+"""
+
+import functools
+import inspect
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
 
-from loss_base import EPSILON, loss
+import config
+
+LOSSES = {}  # name -> builder(classes=1, **args) of a new loss; filled by @loss
+
+
+class Pixels:
+    """The input of a formula: N images of P pixels, with K = max(2, C) classes."""
+
+    def __init__(self, logits, mask, ignore_index):
+        x = (logits if logits.dtype == torch.float64 else logits.float()).flatten(2)
+        self.binary, self.mask_shape = x.shape[1] == 1, mask.shape
+        self.logits = torch.cat([-x, x], 1) if self.binary else x
+        self.log_p = F.logsigmoid(self.logits) if self.binary else x.log_softmax(1)
+        mask = mask.flatten(1).long()
+        self.valid = mask != (torch.nan if ignore_index is None else ignore_index)
+        self.target = mask.masked_fill(~self.valid, 0)
+        # Cross-entropy (N, P), 0 in ignored pixels. nll_loss refuses masks with other values.
+        self.ce = F.nll_loss(self.log_p, self.target, reduction='none').masked_fill(~self.valid, 0)
+
+    @functools.cached_property
+    def p(self):
+        """Probabilities (N, K, P)."""
+        p = self.log_p.exp()
+        if not self.binary:
+            # The largest as 1 - sum(others) keeps the gradient of confidently wrong pixels.
+            top = torch.zeros_like(p).scatter(1, self.log_p.argmax(1, keepdim=True), 1)
+            p = p + top * (1 - p.sum(1, keepdim=True))
+        return p + 1e-20 * (self.logits - self.logits.detach())  # a gradient where p is 0 or 1
+
+    @functools.cached_property
+    def y(self):
+        """One-hot masks (N, K, P), 0 in ignored pixels."""
+        y = torch.zeros_like(self.log_p).scatter(1, self.target[:, None], 1)
+        return y * self.valid[:, None]
+
+    def mean(self, values, weights=1):
+        """Weighted mean (N,) of values (N, P) over the valid pixels of each image."""
+        return (values * weights).sum(1) / (weights * self.valid).sum(1).clamp_min(1e-30)
+
+
+class Loss(torch.nn.Module):
+    """A loss of LOSSES as a module: checks its input and averages the formula over the images."""
+
+    def __init__(self, name, formula, /, classes=1, ignore_index=None, **args):
+        super().__init__()
+        if classes > 1 and name.startswith('BCE'):
+            raise config.UserMistake(f'{name} is not for CLASSES={classes}: take {name[1:]}')
+        takes = inspect.signature(functools.partial(formula, None))
+        for key in args.keys() - takes.parameters.keys():
+            meant = config.did_you_mean(key, takes.parameters)
+            raise config.UserMistake(f'{name} has no argument {key}; {meant}it takes {takes}')
+        self.formula = functools.partial(formula, **args)
+        self.classes, self.ignore_index = classes, ignore_index
+
+    def forward(self, logits, mask):
+        if logits.shape != (len(mask), self.classes, *mask.shape[1:]) or mask.is_floating_point():
+            raise config.UserMistake(f'use logits (N, {self.classes}, H, W), int masks (N, H, W)')
+        with torch.autocast(device_type=logits.device.type, enabled=False):
+            return self.formula(Pixels(logits, mask, self.ignore_index)).mean()
+
+
+def loss(formula, name=None):
+    """Add formula(pixels, **args), which returns (N,) or (N, classes) values, to LOSSES."""
+    name = name or formula.__name__
+    LOSSES[name] = functools.partial(Loss, name, formula)
+    return formula
+
+
+def safe_pow(x, gamma):
+    """x^gamma, but 0 where x is almost 0: the gradient of a root is infinite there."""
+    return x.clamp_min(1e-18) ** gamma * (x > 1e-18)
 
 
 @loss
@@ -14,48 +96,39 @@ def CrossentropyND(pixels):
     return pixels.mean(pixels.ce)
 
 
-CE, BCE = loss(CrossentropyND.formula, 'CE'), loss(CrossentropyND.formula, 'BCE')
+CE, BCE = loss(CrossentropyND, 'CE'), loss(CrossentropyND, 'BCE')
 
 
 @loss
 def TopKLoss(pixels, k=10):
     """Cross-entropy of the k % worst pixels of each image. Take it if most pixels are easy.
-    Formula: mean(ce) over the worst pixels, at least one. Pixels that tie for last share a place.
-    Reference: Wu et al. 2016, arXiv 1605.06885"""
-    places = (pixels.count.double() * k / 100).long().clamp_min(1)[:, None]
-    ce = pixels.ce.detach().masked_fill(~pixels.valid, -1)
-    most = max(1, int(ce.shape[1] * k / 100))  # at least `places`, without waiting for the GPU
-    last = ce.topk(most).values.gather(1, places - 1)
-    above, tied = ce > last, ce == last
-    share = (places - above.sum(1, keepdim=True)) / tied.sum(1, keepdim=True)
-    return pixels.mean(pixels.ce, above + tied * share.to(ce))
+    Formula (Wu et al. 2016, arXiv 1605.06885): mean(ce) over these pixels, at least one"""
+    count = (pixels.valid.sum(1, keepdim=True) * k // 100).clamp_min(1)  # of valid pixels
+    worst = pixels.ce.topk(max(1, int(pixels.ce.shape[1] * k // 100))).values / count
+    return (worst * (torch.arange(worst.shape[1], device=worst.device) < count)).sum(1)
 
 
 @loss
 def WeightedCrossEntropyLoss(pixels, weights=None):
-    """Cross-entropy with weights per class. Take it for classes of known, unequal frequency.
-    Formula: sum(w_y ce) / sum(w_y). CLASSES=1 takes two weights: [background, foreground].
-    Reference: Ronneberger et al. 2015, arXiv 1505.04597"""
+    """Cross-entropy with weights [background, class 1, ...], for classes of known frequencies.
+    Formula (Ronneberger et al. 2015, arXiv 1505.04597): sum(w_y ce) / sum(w_y)"""
     w = pixels.log_p.new_tensor(weights or [1] * pixels.log_p.shape[1])
     return pixels.mean(pixels.ce, w[pixels.target])
 
 
 @loss
 def WeightedCrossEntropyLossV2(pixels):
-    """Cross-entropy weighted by the prediction. Take it for classes of unknown frequency.
-    Formula: sum(w_y ce) / sum(w_y), w = sum(1 - p) / sum(p). The gradient includes that of w.
-    Reference: Sudre et al. 2017, arXiv 1707.03237 (divides by P; background weight 1 if binary)"""
+    """Cross-entropy weighted by the prediction. Take it for classes of unknown frequencies.
+    Formula (Sudre et al. 2017, arXiv 1707.03237): weighted mean(ce), w = sum(1 - p) / sum(p)"""
     valid = pixels.valid[:, None]
-    own = (pixels.p * valid).sum(2).clamp_min(1e-6)
-    rest = ((1 - pixels.p) * valid).sum(2).clamp_min(1e-6)
+    own, rest = ((p * valid).sum(2).clamp_min(1e-6) for p in (pixels.p, 1 - pixels.p))
     return pixels.mean(pixels.ce, (rest / own).gather(1, pixels.target))
 
 
 @loss
 def DisPenalizedCE(pixels):
     """Cross-entropy with more weight near outlines. Slow: 0.3 s per 1280x1918 mask, on the CPU.
-    Formula: mean((1 + phi) ce), phi falls from 1 at a region's edge to 0 at its deepest pixel.
-    Reference: Caliva et al. 2019, arXiv 1908.03679"""
+    Formula (Caliva et al. 2019, arXiv 1908.03679): mean((1 + phi) ce), phi: 1 at edges, 0 inside"""
     phis = np.zeros(pixels.mask_shape)
     masks, valids = (v.reshape(phis.shape).cpu().numpy() for v in (pixels.target, pixels.valid))
     for phi, mask, valid in zip(phis, masks, valids):
@@ -64,15 +137,14 @@ def DisPenalizedCE(pixels):
             region = (mask == label) & valid
             depth = distance_transform_edt(region | ~valid)[region]  # ignored pixels are no edge
             phi[region] = (depth.max() - depth) / np.ptp(depth) if np.ptp(depth) else 1
-    return pixels.mean((1 + torch.from_numpy(phis).flatten(1).to(pixels.ce)) * pixels.ce)
+    return pixels.mean(pixels.ce * (1 + torch.from_numpy(phis).flatten(1).to(pixels.ce)))
 
 
 @loss
 def FocalLoss(pixels, gamma=2.0, alpha=None):
     """Cross-entropy with less weight on easy pixels. Take it for few hard among many easy pixels.
-    Formula: mean((1 - p_y)^gamma ce); times alpha in the foreground, 1 - alpha outside, if given
-    Reference: Lin et al. 2017, arXiv 1708.02002"""
-    focus = (-torch.expm1(-pixels.ce)).clamp_min(EPSILON) ** gamma
-    if alpha is not None:
+    Formula (Lin et al. 2017, arXiv 1708.02002): mean((1 - p_y)^gamma ce)"""
+    focus = safe_pow(-torch.expm1(-pixels.ce), gamma)
+    if alpha is not None:  # alpha weights the foreground, 1 - alpha the background
         focus = focus * torch.where(pixels.target > 0, alpha, 1 - alpha).to(focus)
     return pixels.mean(focus * pixels.ce)
