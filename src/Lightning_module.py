@@ -44,7 +44,7 @@ class CarvanaModel(pl.LightningModule):
             classes=self.hparams.CLASSES,
         )
         self.model.to(memory_format=torch.channels_last)
-        if self.hparams.COMPILE:
+        if config.COMPILE:  # of this machine, whatever the checkpoint was trained with
             self.model.compile()
         for name in {'classes', 'ignore_index'} & self.hparams.LOSS_ARGS.keys():
             raise config.UserMistake(f'{name} is a constant: set {name.upper()}, not LOSS_ARGS')

@@ -134,15 +134,14 @@ class BestCheckpoint(ModelCheckpoint):
 
 def checkpoints_and_stop() -> list[Callback]:
     """The best checkpoint, last.ckpt after every epoch, and the stop after PATIENCE epochs."""
-    always = {'save_on_train_epoch_end': True}
-    best = BestCheckpoint(
-        filename='{epoch}-{val_dice:.4f}', monitor='val_dice', mode='max', **always
-    )
-    # `save_last` would write last.ckpt after the best epochs alone.
-    last = ModelCheckpoint(filename='last', enable_version_counter=False, **always)
-    if config.PATIENCE is None:
-        return [best, last]
-    return [best, last, EarlyStopping('val_dice', mode='max', patience=config.PATIENCE)]
+    always, best = {'save_on_train_epoch_end': True}, {'monitor': 'val_dice', 'mode': 'max'}
+    stop = [] if config.PATIENCE is None else [EarlyStopping(**best, patience=config.PATIENCE)]
+    return [
+        BestCheckpoint(filename='{epoch}-{val_dice:.4f}', **best, **always),
+        # `save_last` would write last.ckpt after the best epochs alone.
+        ModelCheckpoint(filename='last', enable_version_counter=False, **always),
+        *stop,
+    ]
 
 
 class Run(NamedTuple):
@@ -152,7 +151,7 @@ class Run(NamedTuple):
     checkpoint: Path  # the newest
     best: Path
     log: dict  # state of EpochLog
-    finished: bool
+    finished: bool  # all EPOCHS done, or stopped by PATIENCE
 
 
 def version_folders() -> list[Path]:
@@ -203,11 +202,9 @@ def find_run(fold: int) -> Run | None:
         check_resumable(folder, fold, state)
         saved = {key.partition('{')[0]: value for key, value in state['callbacks'].items()}
         best = newest.with_name(Path(saved['BestCheckpoint']['best_model_path']).name)
-        stopping = saved.get('EarlyStopping', {'wait_count': 0, 'patience': 1})
-        finished = (
-            len(saved['EpochLog']['history']) >= config.EPOCHS
-            or stopping['wait_count'] >= stopping['patience']
-        )
+        stop = saved.get('EarlyStopping', {'wait_count': 0, 'patience': 1})
+        done = len(saved['EpochLog']['history']) >= config.EPOCHS
+        finished = done or stop['wait_count'] >= stop['patience']
         if tidy:
             if newest.name != 'last.ckpt':  # killed between saving the two
                 with files.atomic_write(newest.with_name('last.ckpt')) as temporary:

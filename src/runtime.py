@@ -7,10 +7,14 @@ from contextlib import contextmanager
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import config
+
+# Run PRECISION=16 on a CPU too: real rounding, a real scaler, and slow. Set by test_precision.py.
+EMULATE_FLOAT16 = False
 
 print_once = rank_zero_only(print)  # where every process would print the same
 
@@ -26,7 +30,7 @@ def precision() -> tuple[str, str]:
         return 'bf16-mixed', "bfloat16 where it is safe, as PRECISION='bf16' asks"
     if config.PRECISION == 32:
         return '32-true', 'float32 (TF32 on GPUs that have it), as PRECISION=32 asks'
-    if on_cuda():
+    if on_cuda() or EMULATE_FLOAT16:
         return '16-mixed', 'float16 where it is safe, with a gradient scaler (native torch AMP)'
     return '32-true', (
         "float32: PRECISION=16 needs a CUDA GPU; PRECISION='bf16' may be faster, try test_precision.py"
@@ -42,6 +46,10 @@ def trainer(**arguments) -> pl.Trainer:
     names = ('ACCELERATOR', 'DEVICES', 'NUM_NODES', 'STRATEGY')
     hardware = {name.lower(): getattr(config, name) for name in names}
     hardware |= {'precision': precision()[0], 'use_distributed_sampler': False}  # we use our own
+    if hardware['precision'] == '16-mixed' and not on_cuda():
+        # On a CPU Lightning takes the string for bfloat16, but not the plugin.
+        plugin = MixedPrecision('16-mixed', 'cpu', torch.amp.GradScaler('cpu'))
+        hardware |= {'precision': None, 'plugins': [plugin, *arguments.pop('plugins', [])]}
     try:
         return pl.Trainer(**{**hardware, **arguments})
     except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
@@ -105,6 +113,11 @@ def explain_errors(training: bool = True):
         if any(words in text for words in ('closed by peer', 'reset by peer', 'remote process')):
             raise config.UserMistake(
                 'another process of this run has ended, see its own message; RESUME=True goes on'
+            ) from None
+        if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
+            raise config.UserMistake(
+                f'COMPILE=True fails on this machine ({config.shorten(error)}): set COMPILE=False, or '
+                'install a C++ compiler'
             ) from None
         raise
 
