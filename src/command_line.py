@@ -30,8 +30,10 @@ RULES = {
     'CLASSES': ('a whole number from 1 to 255', lambda v: 1 <= v <= 255),
     'INPUT_SHAPE': ('(CHANNELS, height, width): set CROP_SIZE instead',
                     lambda v: list(v) == [config.CHANNELS, *config.crop_size()]),
-    'MODEL_MEAN': ('one number per channel (CHANNELS)', lambda v: per_channel(v)),
-    'MODEL_STD': ('one number above 0 per channel', lambda v: per_channel(v) and min(v) > 0),
+    'MODEL_MEAN': ('one number per channel (CHANNELS)',
+                   lambda v: [type(x) in NUMBERS for x in v] == [True] * config.CHANNELS),
+    'MODEL_STD': ('one number above 0 per channel',
+                  lambda v: [type(x) in NUMBERS and x > 0 for x in v] == [True] * config.CHANNELS),
     'IGNORE_INDEX': ('None or a mask value from 0 to 255; if CLASSES is 1 or 2, 0 and 1 are the classes',
                      lambda v: v is None or (0 if config.CLASSES > 2 else 2) <= v <= 255),
     'N_FOLDS': ('a whole number from 2 up', lambda v: v >= 2),
@@ -55,24 +57,12 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DISK = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 
-def per_channel(values) -> bool:
-    return len(values) == config.CHANNELS and all(type(v) in NUMBERS for v in values)
-
-
-def kinds(name: str) -> tuple:
-    """The types in a constant's annotation; none for a constant that a user has added."""
-    kind = ANNOTATIONS.get(name)
-    return typing.get_args(kind) or (kind,) * (kind is not None)
-
-
-def parse_value(name: str, text: str):
-    """The Python literal that `text` is, else the text. INPUT=2018 is text, because INPUT is."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-    is_text = str in kinds(name) and int not in kinds(name)
-    return text if is_text and not isinstance(value, (str, type(None))) else value
+def kinds(name: str) -> tuple[str, set]:
+    """Description and types of the values that a constant's annotation allows; without one, all."""
+    annotation = ANNOTATIONS.get(name)
+    allowed = typing.get_args(annotation) or ([annotation] if annotation else KINDS)
+    described, types = zip(*(KINDS[kind] for kind in allowed))
+    return ' or '.join(described), set().union(*types)
 
 
 def override(arguments: list[str]) -> None:
@@ -83,13 +73,16 @@ def override(arguments: list[str]) -> None:
         if not equals:
             raise config.UserMistake(f"'{argument}' is not a NAME=value argument, such as EPOCHS=1")
         if name not in NAMES:
-            legal = config.did_you_mean(name, NAMES) or f'legal names: {", ".join(NAMES)}'
-            raise config.UserMistake(f"'{name}' is not a constant in config.py: {legal.strip()}")
-        given[name] = parse_value(name, text)
+            meant = config.did_you_mean(name, NAMES).strip() or f'legal: {", ".join(NAMES)}'
+            raise config.UserMistake(f"'{name}' is not a constant in config.py: {meant}")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, TypeError, SyntaxError):
+            value = text
+        given[name] = value if type(value) in kinds(name)[1] else text  # INPUT=2018 is text
     # A statement may use the constants above it, so the given values are set after each one.
-    definitions = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
     for statement in ast.parse(Path(config.__file__).read_text(encoding='utf-8')).body:
-        if not isinstance(statement, definitions):
+        if not isinstance(statement, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
             exec(compile(ast.Module([statement], []), config.__file__, 'exec'), vars(config))
             vars(config).update(given)
 
@@ -97,13 +90,11 @@ def override(arguments: list[str]) -> None:
 def check() -> None:
     """Raise config.UserMistake, naming the legal values, if a constant has another one."""
     for name, value in config.constants().items():
-        described = ' or '.join(KINDS[kind][0] for kind in kinds(name)) or 'of a plain type'
-        legal, test = RULES.get(
-            name, (described, lambda v: v > 0 if type(v) in NUMBERS else v != '')
-        )
+        described, types = kinds(name)
+        default = described, lambda v: v > 0 if type(v) in NUMBERS else v != ''
+        legal, test = RULES.get(name, default)
         try:
             json.dumps(value)  # checkpoints hold plain types alone
-            types = [type_ for kind in kinds(name) for type_ in KINDS[kind][1]] or [type(value)]
             right = type(value) in types and test(value)
         except (TypeError, re.error):
             right = False
@@ -117,48 +108,17 @@ def as_arguments(**changes) -> list[str]:
 
 
 def positive_int(text: str) -> int:
-    """The type of a script's own option that is a whole number from 1 up."""
+    """The argparse type of a whole number from 1 up."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError('must be a whole number from 1 up')
     return int(text)
 
 
-def parse(doc: str, options: dict[str, dict], defaults: list[str]) -> argparse.Namespace:
-    """Set the constants from the command line, or print --help and exit.
-
-    Returns: the values of the script's own options, and in `arguments` the NAME=value arguments.
-    """
-
-    def error(message: str):
-        raise config.UserMistake(f'{message}; --help shows what is possible')
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = error
-    for name, keywords in options.items():
-        parser.add_argument(name, **keywords)
-    parser.add_argument('arguments', nargs='*')
-    override(defaults)
-    if {'-h', '--help'} & set(sys.argv[1:]):
-        print(f'{doc.strip()}\n\nConstants (config.py), for one run as NAME=value arguments:')
-        for name in NAMES:
-            if re.search(rf'\b{name}\b', doc):
-                print(f'  {name} = {getattr(config, name)!r}')
-        sys.exit()
-    values = parser.parse_intermixed_args()
-    override([*defaults, *values.arguments])
-    check()
-    return values
-
-
 def explain_disk_error(error: OSError) -> str:
     """What to do about a file that cannot be written, naming the constant of its folder."""
     file = Path(error.filename or '')
-    names = [
-        name
-        for name in ('OUTPUT', 'LOGS_PATH', 'INPUT')
-        if config.path(getattr(config, name)) in (file, *file.parents)
-    ]
-    name = (names or ['OUTPUT'])[0]
+    folders = {n: config.path(getattr(config, n)) for n in ('OUTPUT', 'LOGS_PATH', 'INPUT')}
+    name = next((n for n, folder in folders.items() if file.is_relative_to(folder)), 'OUTPUT')
     room = 'make room, or ' * (error.errno in FULL)
     return f'{file}: {error.strerror}: {room}set {name} to a folder that you may write to'
 
@@ -167,16 +127,32 @@ def run(main, doc: str, options: dict[str, dict] | None = None, defaults: list[s
     """Run a script. A user's mistake ends it with one line and status 1, a bug with its traceback.
 
     Args:
-        main: called without arguments, or with the values of the script's options if it has any.
+        main: called with the values of the script's options, or without arguments if it has none.
         doc: the script's docstring. --help prints it, and the constants that it names.
-        options: the script's own options: name -> keywords of argparse's add_argument.
+        options: name -> keywords of argparse's add_argument.
         defaults: NAME=value arguments that the user's own override.
     """
+
+    def refuse(message: str):
+        raise config.UserMistake(f'{message}; see --help')
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = refuse
+    parser.add_argument('arguments', nargs='*')
+    for name, keywords in (options or {}).items():
+        parser.add_argument(name, **keywords)
     try:
-        values = parse(doc, options or {}, list(defaults))
+        if {'-h', '--help'} & set(sys.argv[1:]):
+            override(defaults)
+            used = [f'  {n} = {getattr(config, n)!r}' for n in NAMES if re.search(rf'\b{n}\b', doc)]
+            print(doc.strip(), '\nConstants, for one run as NAME=value arguments:', *used, sep='\n')
+            return
+        values = parser.parse_intermixed_args()
+        override([*defaults, *values.arguments])
+        check()
         if not options:
-            # Lightning starts further processes with this command. They get the values of now,
-            # even if config.py has been edited by then.
+            # Lightning starts further processes with this command. An edit of config.py until then
+            # does not reach them.
             sys.argv[1:] = as_arguments()
         main(*[values] if options else [])
     except config.UserMistake as mistake:

@@ -2,9 +2,8 @@
 
     python Lightning_trainer.py EPOCHS=1 CROP_SIZE=256 MODEL_NAME=smp_fpn_resnet18
 
-Values are Python literals, else strings. Relative paths start at the project root. A constant that
-is derived from another one follows it: INPUT=/data moves TRAIN_PATH. The annotations are read by
-command_line.py, which checks each value.
+Values are Python literals, else text; command_line.py checks them by the annotations. Relative paths
+start at the project root. A derived constant follows: INPUT=/data moves TRAIN_PATH.
 """
 
 import difflib
@@ -13,7 +12,7 @@ from pathlib import Path
 
 
 def cpu_count() -> int:
-    """CPU cores that this process may use. A container or a job may have fewer than the machine."""
+    """CPU cores that this process may use: in a container or a job perhaps not all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
@@ -135,6 +134,5 @@ def shorten(error: Exception, length: int = 160) -> str:
 def did_you_mean(name: str, names) -> str:
     """'did you mean A or B? ' for a misspelt name; '' if no legal name is similar."""
     lower = {known.lower(): known for known in names}
-    number = 1 if str(name).lower() in lower else 3  # only the letter case differs: one answer
-    close = difflib.get_close_matches(str(name).lower(), lower, number, 0.6)
+    close = difflib.get_close_matches(str(name).lower(), lower)
     return f'did you mean {" or ".join(lower[key] for key in close)}? ' if close else ''

@@ -22,7 +22,7 @@ def names() -> list[str]:
 
 def check_name(name: str) -> None:
     """Raise config.UserMistake if there is no such encoder."""
-    model = name.removeprefix('tu-').split('.')[0]  # timm also takes model.tag: tag is its weights
+    model = name.removeprefix('tu-').split('.')[0]  # timm also takes model.weights
     if name not in SMP_ENCODERS and not (name.startswith('tu-') and timm.is_model(model)):
         meant = config.did_you_mean(name, names())
         raise config.UserMistake(
@@ -31,20 +31,18 @@ def check_name(name: str) -> None:
 
 
 def hub_weights(name: str, weights: str | None) -> str | bool | None:
-    """The value for smp's encoder_weights, or None if `weights` is None or a file.
+    """The value for smp's encoder_weights; None if `weights` is None or a file.
 
-    Raises:
-        config.UserMistake: if `weights` is neither a file nor known for this encoder.
+    Raises config.UserMistake if they are neither a file nor known for this encoder.
     """
-    suffixes = ('.pth', '.pt', '.safetensors', '.ckpt', '.bin')
-    if weights is None or Path(weights).suffix in suffixes or files.is_file(weights):
+    if weights is None or Path(weights).suffix or files.is_file(weights):
         return None
     is_timm = name.startswith('tu-')
     legal = ['imagenet'] if is_timm else list(SMP_ENCODERS[name]['pretrained_settings'])
     if weights not in legal:
         raise config.UserMistake(
-            f"ENCODER_WEIGHTS='{weights}': neither a file nor weights of {name}: set "
-            f'{", ".join([*legal, "None"])} (random weights) or a weights file'
+            f"ENCODER_WEIGHTS='{weights}': neither a file nor weights of {name}: set one of "
+            f'{", ".join(legal)}, None (random weights), or a file'
         )
     return True if is_timm else weights
 
@@ -54,11 +52,9 @@ def load_file(encoder: torch.nn.Module, file: str) -> str:
 
     The file may hold the encoder, a timm or torchvision model, or a whole model or checkpoint.
 
-    Returns:
-        One line on how many tensors were loaded.
+    Returns: one line on how many tensors were loaded.
 
-    Raises:
-        config.UserMistake: if the file is missing or damaged, or nothing matches.
+    Raises config.UserMistake if the file is missing or damaged, or nothing matches.
     """
     found = read_state(config.path(file))
     own = {
@@ -70,13 +66,13 @@ def load_file(encoder: torch.nn.Module, file: str) -> str:
     prefixes = {name[: dot.end()] for name in found for dot in re.finditer(r'^|\.', name)}
     best = {}
     for prefix in sorted(prefixes):
-        named = {n[len(prefix) :]: tensor for n, tensor in found.items() if n.startswith(prefix)}
-        keys = {(flatten(name), tensor.shape): tensor for name, tensor in named.items()}
-        best = max(best, {own[key]: keys[key] for key in keys.keys() & own.keys()}, key=len)
+        inside = {name[len(prefix) :]: found[name] for name in found if name.startswith(prefix)}
+        keys = {name: (flatten(name), tensor.shape) for name, tensor in inside.items()}
+        best = max(best, {own[k]: inside[n] for n, k in keys.items() if k in own}, key=len)
     if not best:
         raise config.UserMistake(
-            f'ENCODER_WEIGHTS={file}: none of its {len(found)} tensors fits the encoder, from '
-            f"'{next(iter(found), '')}' on: set a weights file of the encoder of MODEL_NAME"
+            f'ENCODER_WEIGHTS={file}: none of its {len(found)} tensors fits the encoder: set a '
+            'weights file of the encoder of MODEL_NAME'
         )
     encoder.load_state_dict(best, strict=False)
     missing = [name for name in own.values() if name not in best]
@@ -91,7 +87,7 @@ def flatten(name: str) -> str:
 
 
 def read_state(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name from a .safetensors, .pth, .pt or .ckpt file. Code in pickles is not run."""
+    """Tensors by name from a .safetensors or torch file. Code in pickles is not run."""
     try:
         if file.suffix == '.safetensors':
             state = safetensors.torch.load_file(file)
@@ -100,11 +96,9 @@ def read_state(file: Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise config.UserMistake(f'ENCODER_WEIGHTS: {file}: no such file') from None
     except Exception as error:  # pickle, zipfile and safetensors raise many types
-        raise config.UserMistake(
-            f'ENCODER_WEIGHTS: {file}: not a weights file ({config.shorten(error)})'
-        ) from None
+        reason = f'not a weights file ({config.shorten(error)})'
+        raise config.UserMistake(f'ENCODER_WEIGHTS: {file}: {reason}') from None
+    state = state if isinstance(state, dict) else {}
     for key in ('state_dict', 'model', 'state_dict_ema'):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    tensors = state.items() if isinstance(state, dict) else ()
-    return {name: tensor for name, tensor in tensors if isinstance(tensor, torch.Tensor)}
+        state = state[key] if isinstance(state.get(key), dict) else state
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}

@@ -15,45 +15,35 @@ MODELS = ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']  # columns of 
 @contextmanager
 def atomic_write(file: Path):
     """Yield a path beside `file` to write to. It is renamed to `file` if the block succeeds."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f'{file.name}.tmp')  # a fixed name: a killed run's is overwritten
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(file)
     except OSError as error:
         error.filename = error.filename or str(file)  # write() on a full disk does not name it
         raise
     finally:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        temporary.unlink(missing_ok=True)
 
 
-@contextmanager
 def file_lock(file: Path, busy: str = ''):
-    """Hold a lock file, as one process on any number of machines that share the disk.
+    """Hold a lock file in a with statement, as one process of all that share the disk.
 
     Args:
-        busy: the message if another process holds the lock. Without one, wait for it.
-
-    Raises:
-        config.UserMistake: `busy`.
+        busy: the config.UserMistake if another process holds it. Without one, wait.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(file).acquire(timeout=0 if busy else -1)
+        return FileLock(file).acquire(timeout=0 if busy else -1)
     except Timeout:
         raise config.UserMistake(busy) from None
-    with lock:
-        yield
 
 
 def check_writable(folder: Path) -> None:
     """Raise OSError now, rather than after hours, if nothing can be written into a folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        error.filename = str(folder)
-        raise
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_table(table: pd.DataFrame, file: Path) -> None:
@@ -63,22 +53,18 @@ def write_table(table: pd.DataFrame, file: Path) -> None:
 
 
 def read_table(file: Path, columns: list[str], remedy: str) -> pd.DataFrame:
-    """A CSV file with at least these columns, all cells as text.
-
-    Raises:
-        config.UserMistake: with the remedy, if the file or a column is missing.
-    """
+    """A CSV file's cells as text. Raises config.UserMistake if the file or a column is missing."""
     try:
         table = pd.read_csv(file, dtype=str, keep_default_na=False)
     except FileNotFoundError:
         raise config.UserMistake(f'{file}: no such file: {remedy}') from None
     except (ValueError, OSError) as error:
-        raise config.UserMistake(f'{file}: not a readable table ({error}): {remedy}') from None
-    missing = [column for column in columns if column not in table]
-    if missing:
-        raise config.UserMistake(
-            f'{file}: no column {missing[0]}, only {", ".join(table.columns)}: {remedy}'
-        )
+        reason = config.shorten(error)
+        raise config.UserMistake(f'{file}: not a readable table ({reason}): {remedy}') from None
+    for column in columns:
+        if column not in table:
+            there = ', '.join(table.columns)
+            raise config.UserMistake(f'{file}: no column {column}, only {there}: {remedy}')
     return table
 
 
@@ -87,22 +73,17 @@ def models_file() -> Path:
 
 
 def read_models() -> pd.DataFrame:
-    """The table fold,version,checkpoint,val_dice,val_iou of the trained folds."""
+    """models.csv: one row per trained fold."""
     table = read_table(models_file(), MODELS, 'run Lightning_trainer.py')
     try:
         return table.astype({'fold': int, 'val_dice': float, 'val_iou': float})
     except ValueError as error:
-        raise config.UserMistake(
-            f'{models_file()}: {config.shorten(error)}: remove it and run Lightning_trainer.py '
-            'RESUME=True, which enters finished folds again'
-        ) from None
+        remedy = 'remove it and run Lightning_trainer.py RESUME=True'
+        raise config.UserMistake(f'{models_file()}: {config.shorten(error)}: {remedy}') from None
 
 
 def enter_model(fold: int, folder: Path, checkpoint: Path, history: list[dict]) -> dict:
-    """Put a run's best checkpoint into models.csv, in place of the fold's older one.
-
-    Returns: the epoch of `history` that it was saved after.
-    """
+    """Put a run's checkpoint into models.csv, in place of the fold's older one. Return its epoch."""
     best = max(history, key=lambda epoch: epoch['val_dice'])  # the first of equals, as Lightning
     row = [fold, folder.name, relative(checkpoint), best['val_dice'], best['val_iou']]
     with file_lock(models_file().with_name('.models.lock')):  # folds may be trained side by side
@@ -115,7 +96,7 @@ def enter_model(fold: int, folder: Path, checkpoint: Path, history: list[dict]) 
 
 
 def relative(file: Path) -> str:
-    """A path as users write it: from the project root, if it is inside."""
+    """A path from the project root, if it is inside."""
     root = config.path('.')
     return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
 

@@ -16,7 +16,6 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from sklearn.model_selection import GroupKFold
 from tqdm import tqdm
@@ -33,6 +32,7 @@ MASKS_DECODED = 500  # of more masks, this many are decoded here; the first epoc
 def main() -> None:
     names = image_names()
     check_pairs(names)
+    check_mask_values(names)
     table = assign_folds(names)
     write_table(table, config.path(config.TRAIN_FOLDS))
     counts = table.groupby('kfold').agg(images=('img', 'size'), groups=('group', 'nunique'))
@@ -51,55 +51,53 @@ def image_names() -> list[str]:
         names = images.list_files(folder, suffix, 'TRAIN_PATH')
         if folder == config.path(config.MASK_PATH) and suffix != config.MASK_SUFFIX:
             names = [name for name in names if not (name + suffix).endswith(config.MASK_SUFFIX)]
-    if not names:
-        source = config.TRAIN_CSV if is_file(config.TRAIN_CSV) else folder
-        raise config.UserMistake(f'{source}: no image *{suffix} (IMAGE_SUFFIX) in it')
+    source = config.TRAIN_CSV if is_file(config.TRAIN_CSV) else folder
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    for wrong, what in (
+        (not names, f'no image *{suffix} (IMAGE_SUFFIX) in it'),
+        (not all(names), 'a cell of img is empty: remove the row'),
+        (twice, f'images are listed more than once: {first_few(twice)}: remove the other rows'),
+    ):
+        if wrong:
+            raise config.UserMistake(f'{source}: {what}')
     return sorted(names)
 
 
 def files_of(name: str) -> tuple[Path, Path]:
     """The image file and the mask file of a training image."""
-    return (
-        config.path(config.TRAIN_PATH) / (name + config.IMAGE_SUFFIX),
-        config.path(config.MASK_PATH) / (name + config.MASK_SUFFIX),
-    )
+    image, mask = name + config.IMAGE_SUFFIX, name + config.MASK_SUFFIX
+    return config.path(config.TRAIN_PATH) / image, config.path(config.MASK_PATH) / mask
 
 
 def check_pairs(names: list[str]) -> None:
-    """Raise config.UserMistake unless each image has a mask of its size, and masks hold classes."""
-    with_image, with_mask = (
-        set(images.list_files(config.path(folder), suffix, constant))
-        for folder, suffix, constant in (
-            (config.TRAIN_PATH, config.IMAGE_SUFFIX, 'TRAIN_PATH'),
-            (config.MASK_PATH, config.MASK_SUFFIX, 'MASK_PATH'),
-        )
-    )
-    remedy = 'move them away, or list the others in a CSV with a column img (TRAIN_CSV)'
-    unpaired = sorted(with_mask - with_image)
+    """Raise config.UserMistake unless each image can be read and has a mask of its size."""
+    image_folder, mask_folder = config.path(config.TRAIN_PATH), config.path(config.MASK_PATH)
+    with_image = set(images.list_files(image_folder, config.IMAGE_SUFFIX, 'TRAIN_PATH'))
+    with_mask = set(images.list_files(mask_folder, config.MASK_SUFFIX, 'MASK_PATH'))
+    remedy, unpaired = 'move them away, or list the others in TRAIN_CSV', with_mask - with_image
     if is_file(config.TRAIN_CSV):
-        remedy, unpaired = 'set TRAIN_CSV=None to take all images of the folder', []
+        remedy, unpaired = 'set TRAIN_CSV=None to take all images of the folder', ()
     for missing, what in (
-        ([name for name in names if name not in with_image], 'images have no file in TRAIN_PATH'),
-        ([name for name in names if name not in with_mask], 'images have no mask in MASK_PATH'),
+        (set(names) - with_image, 'images have no file in TRAIN_PATH'),
+        (set(names) - with_mask, 'images have no mask in MASK_PATH'),
         (unpaired, 'masks have no image in TRAIN_PATH'),
     ):
         if missing:
-            raise config.UserMistake(f'{len(missing)} {what}: {first_few(missing)}: {remedy}')
+            what = f'{len(missing)} {what}: {first_few(sorted(missing))}'
+            raise config.UserMistake(f'{what}: {remedy}')
     differ = []
     for name in tqdm(names, 'checking headers', disable=None, leave=False):
         image_file, mask_file = files_of(name)
         mode, size = images.header(image_file)
         images.check_mode(image_file, mode)
-        sizes = size, images.header(mask_file)[1]
-        if sizes[0] != sizes[1]:
-            shown = ' and '.join(f'{width}x{height}' for height, width in sizes)
-            differ.append(f'{name} ({shown})')
+        mask_size = images.header(mask_file)[1]
+        if size != mask_size:
+            differ.append(f'{name} ({size[1]}x{size[0]} and {mask_size[1]}x{mask_size[0]})')
     if differ:
         raise config.UserMistake(
-            f'{len(differ)} images and their masks differ in size (width x height): '
-            f'{first_few(differ)}: resize the masks by the nearest pixel'
+            f'{len(differ)} images and their masks differ in size: {first_few(differ)}: resize the '
+            'masks by the nearest pixel'
         )
-    check_mask_values(names)
 
 
 def check_mask_values(names: list[str]) -> None:
@@ -108,17 +106,14 @@ def check_mask_values(names: list[str]) -> None:
     decoded = names[:: max(1, len(names) // MASKS_DECODED)]
     for name in tqdm(decoded, 'checking masks', disable=None, leave=False):
         mask = masks.read_mask(files_of(name)[1], config.CLASSES, config.IGNORE_INDEX)
-        values = np.flatnonzero(np.bincount(mask.ravel())).tolist()
+        values = masks.values_in(mask)
         seen.update(values)
         constant.update(values if len(values) == 1 else [])
-    if len(seen) == 1 and decoded == names:
+    all_seen = decoded == names or config.IGNORE_INDEX in seen
+    if len(seen - {config.IGNORE_INDEX}) < 2 and all_seen:
         raise config.UserMistake(
-            f'{config.MASK_PATH}: all masks hold class {seen.pop()} alone: is it the right folder?'
-        )
-    if config.IGNORE_INDEX in seen and seen <= {0, config.IGNORE_INDEX}:
-        raise config.UserMistake(
-            f'{config.MASK_PATH}: the masks hold 0 and {config.IGNORE_INDEX} alone, and IGNORE_INDEX '
-            f'leaves {config.IGNORE_INDEX} out: set IGNORE_INDEX=None if it is the foreground'
+            f'MASK_PATH={config.MASK_PATH}: all masks hold {first_few(sorted(seen))} alone, which with '
+            f'IGNORE_INDEX={config.IGNORE_INDEX} leaves nothing to learn: set another of the two'
         )
     for value, count in sorted(constant.items()):
         print(f'{count} of {len(decoded)} masks that were decoded hold class {value} alone')
@@ -127,25 +122,23 @@ def check_mask_values(names: list[str]) -> None:
 def assign_folds(names: list[str]) -> pd.DataFrame:
     """The table img,kfold,group: whole groups, shuffled by SEED, in N_FOLDS folds."""
     groups = [group_of(name) for name in names]
-    if len(set(groups)) < config.N_FOLDS:
+    different = sorted(set(groups))
+    if len(different) < config.N_FOLDS:
         raise config.UserMistake(
-            f'N_FOLDS={config.N_FOLDS}, but only {len(set(groups))} different groups of images by '
-            f'GROUP_REGEX={config.GROUP_REGEX!r}, such as {first_few(sorted(set(groups)))}: fewer '
-            'folds' + (', or GROUP_REGEX=None to split by image' if config.GROUP_REGEX else '')
+            f'N_FOLDS={config.N_FOLDS}, but only {len(different)} different groups of images by '
+            f'GROUP_REGEX={config.GROUP_REGEX!r}, such as {first_few(different)}: set fewer folds, or '
+            'another GROUP_REGEX (None splits by image)'
         )
     table = pd.DataFrame({'img': names, 'kfold': -1, 'group': groups})
     splitter = GroupKFold(config.N_FOLDS, shuffle=True, random_state=config.SEED)
     for fold, (_, held_out) in enumerate(splitter.split(names, groups=groups)):
         table.loc[held_out, 'kfold'] = fold
-    check_table(table, '', 'correct TRAIN_CSV')
     return table
 
 
 def group_of(name: str) -> str:
     """The first capture group of GROUP_REGEX in an image's name; without GROUP_REGEX, the name."""
-    if config.GROUP_REGEX is None:
-        return name
-    match = re.search(config.GROUP_REGEX, name)
+    match = re.search(config.GROUP_REGEX or '(.*)', name)
     if match is None or match.group(1) is None:
         raise config.UserMistake(
             f"GROUP_REGEX={config.GROUP_REGEX!r} does not fit the image name '{name}': set one that "
@@ -155,27 +148,25 @@ def group_of(name: str) -> str:
 
 
 def read_folds(folds: list[int] | None = None) -> pd.DataFrame:
-    """The checked table img,kfold,group of TRAIN_FOLDS, or its rows of some folds."""
-    file, again = config.path(config.TRAIN_FOLDS), 'run folds.py again'
+    """The table img,kfold,group of TRAIN_FOLDS, or its rows of some folds.
+
+    Raises config.UserMistake if a group is in two folds, an image listed twice, or a fold empty.
+    """
+    file = config.path(config.TRAIN_FOLDS)
     table = read_table(file, ['img', 'kfold', 'group'], 'run folds.py')
     if not table.kfold.str.fullmatch(r'\d+').all():
-        raise config.UserMistake(f'{file}: kfold is not a whole number: {again}')
+        raise config.UserMistake(f'{file}: kfold is not a whole number: run folds.py again')
     table['kfold'] = table.kfold.astype(int)
-    check_table(table, f'{file}: ', again)
+    split = table.groupby('group').kfold.nunique() > 1
     empty = sorted(set(folds or []) - set(table.kfold))
-    if empty:
-        raise config.UserMistake(f'{file}: no image in fold {empty[0]}: {again}')
+    for wrong, what in (
+        (split.any(), f'group {first_few(split[split].index)} is in 2 folds'),
+        (table.img.duplicated().any(), 'images are listed more than once'),
+        (empty, f'no image in fold {first_few(empty)}'),
+    ):
+        if wrong:
+            raise config.UserMistake(f'{file}: {what}: run folds.py again')
     return table if folds is None else table[table.kfold.isin(folds)].reset_index(drop=True)
-
-
-def check_table(table: pd.DataFrame, where: str, remedy: str) -> None:
-    """Raise config.UserMistake if a group is in two folds, or an image is listed twice."""
-    split = table.groupby('group').kfold.nunique()
-    if (split > 1).any():
-        raise config.UserMistake(f'{where}group {split.idxmax()} is in 2 folds: {remedy}')
-    if not table.img.is_unique:
-        twice = first_few(table.img[table.img.duplicated()].tolist())
-        raise config.UserMistake(f'{where}images are listed more than once: {twice}: {remedy}')
 
 
 def digests(fold: int) -> dict[str, str]:
@@ -190,17 +181,13 @@ def digests(fold: int) -> dict[str, str]:
 def check_up_to_date() -> None:
     """Raise config.UserMistake unless TRAIN_FOLDS has N_FOLDS folds of the images that there are."""
     table = read_folds()
-    if table.kfold.nunique() != config.N_FOLDS:
-        raise config.UserMistake(
-            f'{config.TRAIN_FOLDS} has {table.kfold.nunique()} folds, N_FOLDS={config.N_FOLDS}: run '
-            'folds.py again'
-        )
-    other = set(table.img) ^ set(image_names())
-    if other:
-        raise config.UserMistake(
-            f'{config.TRAIN_FOLDS} lists other images than there are ({first_few(sorted(other))}): '
-            'run folds.py'
-        )
+    count, other = table.kfold.nunique(), sorted(set(table.img) ^ set(image_names()))
+    for wrong, what in (
+        (other, f'lists other images than there are ({first_few(other)})'),
+        (count != config.N_FOLDS, f'has {count} folds, N_FOLDS={config.N_FOLDS}'),
+    ):
+        if wrong:
+            raise config.UserMistake(f'{config.TRAIN_FOLDS} {what}: run folds.py again')
 
 
 if __name__ == '__main__':

@@ -14,26 +14,22 @@ import config
 # One thread per worker. Set it at import: changing it in a forked worker deadlocks OpenCV.
 cv2.setNumThreads(1)
 
-# Modes of Pillow that convert to 8 bits per channel without losing anything.
+# Pillow's modes of 8 bits per channel, or fewer.
 PLAIN_MODES = ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'RGBX', 'CMYK', 'YCbCr')
-# Last bytes of a complete file. If a file ends otherwise, only decoding can tell if it is complete.
+# Last bytes of a complete file. If a file ends otherwise, only decoding can tell.
 ENDINGS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82', 'GIF': b';'}
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError)
 ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap width and height
 
 
 def list_files(folder: Path, suffix: str, constant: str) -> list[str]:
-    """Names, without the suffix, of a folder's files that end in it. Hidden files are left out.
-
-    Raises:
-        config.UserMistake: if there are none, with the endings that there are.
-    """
+    """Names, without the suffix, of a folder's files that end in it; there must be one."""
     if not folder.is_dir():
         raise config.UserMistake(f'{folder}: no such folder: set {constant} or INPUT')
-    files = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith('.'))
+    files = sorted(file for file in os.listdir(folder) if not file.startswith('.'))
     names = [file.removesuffix(suffix) for file in files if file.endswith(suffix)]
     if not names:
-        endings = Counter(os.path.splitext(file)[1] or 'no suffix' for file in files).most_common(4)
+        endings = Counter(Path(file).suffix or 'no suffix' for file in files).most_common(4)
         there = ', '.join(f'{count} {ending}' for ending, count in endings) or 'it is empty'
         raise config.UserMistake(
             f'{folder}: no file *{suffix}, but {there}: set {constant} or its suffix'
@@ -56,11 +52,7 @@ def displayed_size(image: Image.Image) -> tuple[int, int]:
 
 
 def header(file) -> tuple[str, tuple[int, int]]:
-    """(Pillow's mode, (height, width) as displayed) of an image file.
-
-    Raises:
-        config.UserMistake: if the file is missing, truncated or no image.
-    """
+    """(Pillow's mode, (height, width) as displayed) of an image file that is not truncated."""
     try:
         with Image.open(file) as image, Path(file).open('rb') as raw:
             if image.format in ENDINGS:
@@ -76,8 +68,7 @@ def check_mode(file, mode: str) -> None:
     """Raise config.UserMistake for pixels that do not fit into 8 bits per channel."""
     if mode not in PLAIN_MODES:
         raise config.UserMistake(
-            f'{file}: {mode} pixels have more than 8 bits: save it with 8 bits per channel, after '
-            'choosing the range of values that holds the picture'
+            f'{file}: {mode} pixels have more than 8 bits: save the range that holds the picture in 8'
         )
 
 
@@ -90,8 +81,7 @@ def read_image(file, channels: int = 3, size: tuple[int, int] | None = None) -> 
 
     Returns: uint8 (height, width, channels), 0..255.
 
-    Raises:
-        config.UserMistake: if the file is missing, truncated, no image, or has 16 bits.
+    Raises config.UserMistake if the file is missing, truncated, no image, or has 16 bits.
     """
     try:
         data = Path(file).read_bytes()
@@ -109,7 +99,7 @@ def read_image(file, channels: int = 3, size: tuple[int, int] | None = None) -> 
     except DECODING_ERRORS as error:
         raise unreadable(file, error) from None
     if size is not None:
-        pixels = cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_LINEAR)
+        pixels = cv2.resize(pixels, size[::-1])  # bilinear
     return pixels.reshape(*pixels.shape[:2], channels)
 
 

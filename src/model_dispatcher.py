@@ -1,7 +1,6 @@
 """MODELS: name -> builder of a model from a decoder and an encoder, smp_<decoder>_<encoder>."""
 
 import copy
-import warnings
 from functools import partial
 
 import torch
@@ -12,36 +11,31 @@ import encoders
 
 
 def build(decoder: str, encoder: str, weights=None, channels: int = 3, classes: int = 1):
-    """Build a new model.
+    """A new model: normalised images (N, channels, H, W) -> logits (N, classes, H, W).
 
     Args:
         weights: the encoder's: a name such as 'imagenet', a weights file, or None (random).
 
-    Shape:
-        normalised images (N, channels, H, W) -> logits (N, classes, H, W)
-
-    Raises:
-        config.UserMistake: if a name is unknown, weights do not load, or the two do not combine.
+    Raises config.UserMistake for unknown names, weights that do not load, or a pair that does not fit.
     """
     decoders.check_name(decoder)
     encoders.check_name(encoder)
     hub = encoders.hub_weights(encoder, weights)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', message='.*timm-.* encoders are deprecated')
-            model = decoders.DECODERS[decoder](
-                encoder_name=encoder, encoder_weights=hub, in_channels=channels, classes=classes
-            )
+        model = decoders.DECODERS[decoder](
+            encoder_name=encoder, encoder_weights=hub, in_channels=channels, classes=classes
+        )
     except Exception as error:  # smp, timm and the hub raise many types
         reason = config.shorten(error)
-        if hub and isinstance(error, (OSError, RuntimeError)):
-            raise config.UserMistake(
-                f"ENCODER_WEIGHTS='{weights}': the weights of {encoder} cannot be downloaded "
-                f'({reason}): set a weights file, or None for random weights'
-            ) from error
-        raise config.UserMistake(
+        what = (
             f'MODEL_NAME=smp_{decoder}_{encoder}: {decoder} cannot be built on {encoder} ({reason})'
-        ) from error
+        )
+        if hub and isinstance(error, (OSError, RuntimeError)):
+            what = (
+                f"ENCODER_WEIGHTS='{weights}': the weights of {encoder} could not be downloaded "
+                f'({reason}): set a weights file, or None for random weights'
+            )
+        raise config.UserMistake(what) from error
     if weights and not hub:
         print(encoders.load_file(model.encoder, weights))
     return model
@@ -55,13 +49,12 @@ MODELS = {
 
 
 def build_model(name: str, weights=None, channels: int = 3, classes: int = 1) -> torch.nn.Module:
-    """Build a model of MODELS, or smp_<decoder>_tu-<encoder of timm>. Arguments as for `build`."""
+    """A new model of MODELS, or smp_<decoder>_tu-<encoder of timm>. Arguments as for `build`."""
     if name in MODELS:
         return MODELS[name](weights=weights, channels=channels, classes=classes)
     if not name.startswith('smp_') or name.count('_') < 2:
         raise config.UserMistake(
-            f"MODEL_NAME='{name}': write smp_<decoder>_<encoder>, such as smp_unet_resnet34; "
-            'test_model.py --list shows all names'
+            f"MODEL_NAME='{name}': write smp_<decoder>_<encoder>; test_model.py --list shows all names"
         )
     _, decoder, encoder = name.split('_', 2)
     return build(decoder, encoder, weights, channels, classes)
@@ -73,7 +66,7 @@ def try_out(model: torch.nn.Module, name: str, batch_size: int, shape: tuple) ->
         batch = torch.zeros(batch_size, *shape, device='meta')
         copy.deepcopy(model).to('meta').train()(batch)
     except NotImplementedError:
-        return  # an operation that the meta device lacks: the first training step will show
+        pass  # an operation that the meta device lacks: the first training step will show
     except Exception as error:  # each layer raises its own type
         raise config.UserMistake(
             f'CROP_SIZE={config.CROP_SIZE}, TRAIN_BATCH_SIZE={batch_size}: {name} does not take such '

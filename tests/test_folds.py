@@ -74,8 +74,8 @@ MISTAKES = {
     'no image folder': (lambda f: (f / 'input/train_hq').rename(f / 'gone'), 'train_hq: no such folder'),
     'no mask folder': (lambda f: (f / 'input/train_masks').rename(f / 'gone'), 'train_masks: no such'),
     'no images': (lambda f: [x.unlink() for x in (f / 'input/train_hq').iterdir()], 'it is empty'),
-    'swapped': (lambda f: setattr(config, 'TRAIN_PATH', config.MASK_PATH), 'swapped'),
-    'no mask': (lambda f: mask(f).unlink(), '1 of 10 images have no mask.*000000000000_01'),
+    'swapped': (lambda f: setattr(config, 'TRAIN_PATH', config.MASK_PATH), 'but 10 .gif: set TRAIN'),
+    'no mask': (lambda f: mask(f).unlink(), '1 images have no mask.*000000000000_01'),
     'no image': (lambda f: image(f).unlink(), '1 masks .*have no image.*000000000000_01'),
     'sizes': (lambda f: Image.new('RGB', (9, 8)).save(image(f)), r'000000000000_01 \(9x8 and 64x48\)'),
     'empty file': (lambda f: image(f).write_bytes(b''), '000000000000_01.jpg.*it is empty'),
@@ -83,9 +83,12 @@ MISTAKES = {
     'text': (lambda f: image(f).write_text('hello'), '000000000000_01.jpg: not a readable image'),
     'truncated': (lambda f: image(f).write_bytes(image(f).read_bytes()[:-99]), '01.jpg: not a readable'),
     'twice': (lambda f: csv(f, 'img\na.jpg\na.jpg\n'), 'more than once: a'),
+    'twice but for the suffix': (lambda f: csv(f, 'img\na.jpg\na\n'), 'more than once: a'),
+    'empty cell': (lambda f: csv(f, 'img,rle\na.jpg,1 1\n,1 1\n'), 'masks.csv: a cell of img is empty'),
+    'not a table': (lambda f: csv(f, 'img\n1,2,3\n4,5\n6,7,8,9\n'), 'masks.csv: not a readable table'),
     'no column': (lambda f: csv(f, 'image\na.jpg\n'), 'no column img, only image'),
-    'unknown': (lambda f: csv(f, 'img\na.jpg\n'), '1 of 1 .*have no file.*a: set TRAIN_CSV=None'),
-    'outside': (lambda f: csv(f, 'img\n../a.jpg\n'), 'not the name of a file in TRAIN_PATH'),
+    'unknown': (lambda f: csv(f, 'img\na.jpg\n'), '1 images have no file.*a: set TRAIN_CSV=None'),
+    'outside': (lambda f: csv(f, 'img\n../a.jpg\n'), '1 images have no file in TRAIN_PATH: ../a:'),
     'only a header': (lambda f: csv(f, 'img\n'), 'train_masks.csv: no image'),
     'empty csv': (lambda f: csv(f, ''), 'not a readable table'),
     'few groups': (lambda f: setattr(config, 'N_FOLDS', 6), 'only 5 different groups'),
@@ -160,7 +163,9 @@ def test_ignoring_the_foreground_is_refused(carvana):
     for file in (carvana / 'input/train_masks').iterdir():
         Image.fromarray(255 * np.array(Image.open(file))).save(file.with_suffix('.png'))
     config.MASK_SUFFIX = '_mask.png'
-    with pytest.raises(config.UserMistake, match='hold 0 and 255 alone, and IGNORE_INDEX'):
+    with pytest.raises(
+        config.UserMistake, match='all masks hold 0, 255 alone, which with IGNORE_INDEX=255'
+    ):
         folds.main()
 
 
@@ -174,9 +179,7 @@ def test_more_folds_than_asked_for_are_told(carvana):
 def test_masks_without_any_object_are_refused(carvana):
     for file in (carvana / 'input/train_masks').iterdir():
         save_mask_gif(file, np.zeros((48, 64), np.uint8))
-    with pytest.raises(
-        config.UserMistake, match='all masks hold class 0 alone: is it the right folder'
-    ):
+    with pytest.raises(config.UserMistake, match='MASK_PATH=.*: all masks hold 0 alone'):
         folds.main()
 
 

@@ -81,10 +81,9 @@ def test_reduced_decoding_covers_the_size_and_changes_little(tmp_path):
     y, x = np.mgrid[:512, :768]
     waves = 128 + 60 * np.sin(x / 40)[..., None] * np.cos(y / 30)[..., None] * [1, 0.5, -1]
     file = saved(tmp_path, Image.fromarray(waves.astype(np.uint8)), 'a.jpg', quality=95)
-    with Image.open(file) as picture:
-        divisors = [images.reduction(picture, (s, s)) for s in (512, 257, 256, 128, 64, 8)]
-    assert divisors == [1, 1, 2, 4, 8, 8]
-    assert images.reduction(Image.open(file), (256, 64)) == 2
+    sizes = [(side, side) for side in (512, 257, 256, 128, 64, 8)] + [(256, 64)]
+    decoded = (images.decode_jpeg(file.read_bytes(), 3, (512, 768), size) for size in sizes)
+    assert [512 // pixels.shape[0] for pixels in decoded] == [1, 1, 2, 4, 8, 8, 2]
     full = images.read_image(file)
     import cv2
 
@@ -143,6 +142,7 @@ BLACK, WHITE, MAROON = (0, 0, 0), (255, 255, 255), (128, 0, 0)
         (Image.fromarray(MASK * 255).convert('LA'), 'la.png'),
         (Image.fromarray(MASK.astype(np.uint16)), '16bit01.png'),
         (Image.fromarray(MASK.astype(np.uint16) * 65535), '16bit.png'),
+        (Image.fromarray(MASK.astype('>u2') * 65535), '16bit.tif'),
         (palette(MASK, [BLACK, WHITE]), 'carvana.gif'),
         (palette(1 - MASK, [WHITE, BLACK]), 'turned.png'),
         (palette(MASK, [BLACK, MAROON]), 'voc.png'),
@@ -180,13 +180,21 @@ def test_the_values_that_do_not_fit_are_the_ones_shown(tmp_path):
     file = saved(
         tmp_path, Image.fromarray(np.uint8([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 255]])), 'm.png'
     )
-    with pytest.raises(config.UserMistake, match='mask values 255; .*IGNORE_INDEX=255'):
+    with pytest.raises(
+        config.UserMistake, match='mask values 255; .*0 to 9, and IGNORE_INDEX=None'
+    ):
         masks.read_mask(file, classes=10)
 
 
-def test_a_coloured_mask_is_refused(tmp_path):
-    with pytest.raises(config.UserMistake, match=r'm\.png.*coloured'):
-        masks.read_mask(saved(tmp_path, Image.fromarray(COLOURS), 'm.png'))
+def test_masks_that_cannot_hold_classes_are_refused(tmp_path):
+    deep = Image.fromarray(MASK.astype(np.uint16) * 300)
+    for picture, name, message in (
+        (Image.fromarray(COLOURS), 'm.png', 'coloured'),
+        (deep, 'm.png', 'values up to 300'),
+        (Image.fromarray(MASK / np.float32(2)), 'm.tif', 'values up to 0.5'),
+    ):
+        with pytest.raises(config.UserMistake, match=f'{name}.*{message}'):
+            masks.read_mask(saved(tmp_path, picture, name), classes=255)
 
 
 def test_class_indices_and_ignore_index(tmp_path):

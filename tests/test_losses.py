@@ -28,9 +28,6 @@ every_loss = pytest.mark.parametrize(
 )
 
 
-pytestmark = pytest.mark.usefixtures('one_thread')
-
-
 def scene(classes, n=2, size=(7, 9), ignored=0.0, seed=0, block=3, dtype=torch.float32):
     """Random logits, and masks of blocks in which every image holds every class."""
     rng = np.random.default_rng(seed)

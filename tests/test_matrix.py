@@ -14,9 +14,6 @@ REFUSED = {'smp_unetplusplus_mit_b0', 'smp_linknet_mit_b0'}  # by segmentation_m
 REFUSED |= {f'smp_dpt_{name}' for name in ENCODERS if not name.startswith('tu-')}
 
 
-pytestmark = pytest.mark.usefixtures('one_thread')
-
-
 @pytest.mark.parametrize('encoder', ENCODERS)
 @pytest.mark.parametrize('decoder', decoders.DECODERS)
 def test_a_pair_learns_or_is_refused_with_the_reason(tmp_path, decoder, encoder):
