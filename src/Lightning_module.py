@@ -183,7 +183,7 @@ class CarvanaModel(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.image_digests = checkpoint.get('image_digests')
-        self.epochs_done = checkpoint['epoch'] + 1
+        self.epochs_done = checkpoint.get('epoch', -1) + 1
         # After a stop by NaN, a run may go on with another LR.
         factor = self.hparams.LR / checkpoint['hyper_parameters']['LR']
         if factor != 1:

@@ -4,12 +4,11 @@ Reads   nothing.
 Writes  INPUT/demo: what Kaggle gives, and test_masks_truth; OUTPUT/demo, LOGS_PATH/demo.
 
     python demo.py CROP_SIZE=128 EPOCHS=2                  with other constants for the steps
-    python demo.py --cars 318 --test-cars 9 --size 1918x1280 --only-draw --folder /tmp/carvana
+    python demo.py --cars 318 --test-cars 9 --size 1918x1280 --only-draw INPUT=/tmp/carvana
 """
 
 import subprocess
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -78,9 +77,9 @@ def draw_car(images, truths, name, car, side, size, seed) -> str:
             fill(x + wheel * COS, y * np.array([[0.72], [0.97]]), wheel + wheel * SIN, 0.05)
     # The body is a pile of slices, and parts lie on it: from a level of KINDS to another, from
     # one direction to another in degrees (0: nose, 90: side, 180: tail), direction faced, colour.
-    parts, levels = [], np.linspace(0, 4, 65)
-    for low, high in zip(levels, levels[1:]):
-        tone = np.interp(low, range(5), [0.1, 0.75, 1, 1.05, 1]) * paint
+    parts = []
+    for low in np.arange(64) / 16:
+        tone, high = np.interp(low, range(5), [0.1, 0.75, 1, 1.05, 1]) * paint, low + 1 / 16
         parts += [(low, high, 0, 361, None, tone), (low, high, 51, 130, 90, 0.85 * tone)]
     parts += [
         (3.06, 3.84, 0, 40, 0, glass), (3.06, 3.84, 53, 87, 90, glass),  # windows
@@ -124,26 +123,24 @@ def make_dataset(folder, cars=CARS, test_cars=2, size=(480, 320), seed=42) -> No
 
 
 def main(options) -> None:
-    start, output, logs = time.monotonic(), f'{config.OUTPUT}/demo', f'{config.LOGS_PATH}/demo'
-    folder = config.path(options.folder or f'{config.INPUT}/demo')
-    make_dataset(folder, options.cars, options.test_cars, options.size, config.SEED)
-    print(f'{options.cars} + {options.test_cars} cars from 16 sides in {folder}', flush=True)
+    paths = {name: f'{getattr(config, name)}/demo' for name in ('INPUT', 'OUTPUT', 'LOGS_PATH')}
+    make_dataset(paths['INPUT'], options.cars, options.test_cars, options.size, config.SEED)
+    print(f'{options.cars} + {options.test_cars} cars from 16 sides in {paths["INPUT"]}')
     if options.only_draw:
         return
-    given = arguments(options.arguments, INPUT=folder, OUTPUT=output, LOGS_PATH=logs)
+    given = arguments(options.arguments, **paths)
     for step in ('folds.py', 'Lightning_trainer.py', 'Lightning_tester.py'):
         print(f'\n--- python {step}', flush=True)
         script = config.path(f'src/{step}')
         if status := subprocess.run([sys.executable, script, *given]).returncode:
             sys.exit(status)
-    print(f'\n{(time.monotonic() - start) / 60:.1f} minutes; the pictures are in {output}')
+    print(f'\nthe pictures are in {paths["OUTPUT"]}')
 
 
 OPTIONS = {
     '--cars': {'type': command_line.positive_int, 'default': CARS},
     '--test-cars': {'type': command_line.positive_int, 'default': 2},
     '--size': {'type': size, 'default': (480, 320)},
-    '--folder': {},
     '--only-draw': {'action': 'store_true'},
 }
 if __name__ == '__main__':

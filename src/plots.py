@@ -12,25 +12,22 @@ from matplotlib.ticker import MaxNLocator
 import files
 
 # Okabe and Ito's palette, then Paul Tol's muted one, which is less distinct.
-BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, BLACK = (
-    '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000',
-)  # fmt: skip
+BLUE, ORANGE, GREEN, RED = '#0072B2', '#E69F00', '#009E73', '#D55E00'
 CLASS_COLOURS = [
-    GREEN, ORANGE, PINK, SKY, YELLOW, '#999999', '#332288', '#88CCEE', '#117733', '#999933',
-    '#DDCC77', '#CC6677', '#882255', '#AA4499', '#661100', '#6699CC',
+    GREEN, ORANGE, '#CC79A7', '#56B4E9', '#F0E442', '#999999', '#332288', '#88CCEE',
+    '#117733', '#999933', '#DDCC77', '#CC6677', '#882255', '#AA4499', '#661100', '#6699CC',
 ] * 16  # fmt: skip
-MISSED, ADDED = BLUE, RED  # foreground predicted as background, and the reverse
+MISSED, ADDED = BLUE, RED  # foreground predicted as another class, background as foreground
 
 
 def rgb(colour: str) -> np.ndarray:
     return np.array(to_rgb(colour)) * 255
 
 
-def figure(rows: int, columns: int, width: float, height: float, title: str = ''):
+def figure(rows: int, columns: int, width: float, height: float, title: str):
     """A figure and its axes (rows, columns), each `width` x `height` inches."""
     fig = Figure(figsize=(width * columns, height * rows), layout='constrained', dpi=110)
-    if title:
-        fig.suptitle(title, fontsize=11)
+    fig.suptitle(title, fontsize=11)
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
@@ -41,7 +38,7 @@ def save(fig: Figure, file: Path) -> Path:
     return file
 
 
-def show_image(axis, image: np.ndarray, title: str = '') -> None:
+def show_image(axis, image: np.ndarray, title: str) -> None:
     """Draw a uint8 image (H, W, 1 or 3) without ticks; a long title is shortened."""
     axis.imshow(image.squeeze(), cmap='gray', vmin=0, vmax=255)
     axis.set_title(title if len(title) <= 32 else f'{title[:15]}...{title[-14:]}', fontsize=8)
@@ -56,26 +53,22 @@ def overlay(image: np.ndarray, mask: np.ndarray, classes: int = 1, strength=0.55
     return result.astype(np.uint8)
 
 
-def errors(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, ignore=None) -> np.ndarray:
-    """The image in grey, with missed and added pixels coloured."""
+def errors(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, ignore) -> np.ndarray:
+    """The image in grey, with missed and added pixels coloured, but for those of mask `ignore`."""
     grey = np.broadcast_to(image.mean(2, keepdims=True), (*truth.shape, 3))
     result = (0.5 * grey + 100).astype(np.uint8)
-    wrong = (truth != prediction) & (truth != (-1 if ignore is None else ignore))
+    wrong = (truth != prediction) & (truth != ignore)
     result[wrong & (truth > 0)] = rgb(MISSED)
     result[wrong & (truth == 0)] = rgb(ADDED)
     return result
 
 
-def legend(fig: Figure, entries: dict[str, str]) -> None:
-    """Put name -> colour squares below the axes."""
-    handles = [Patch(color=colour, label=name) for name, colour in entries.items()]
-    fig.legend(handles=handles, loc='outside lower center', ncols=8, fontsize=8, frameon=False)
-
-
-def class_legend(classes: int) -> dict[str, str]:
-    """The entries of `legend` for the colours of `overlay`."""
+def legend(fig: Figure, classes: int, **others: str) -> None:
+    """Name the colours of `overlay`, and others (name=colour), below the axes."""
     names = [f'class {index}' for index in range(1, classes)] or ['foreground']
-    return dict(zip(names, CLASS_COLOURS))
+    entries = [*zip(names, CLASS_COLOURS), *others.items()]
+    handles = [Patch(color=colour, label=name) for name, colour in entries]
+    fig.legend(handles=handles, loc='outside lower center', ncols=8, fontsize=8, frameon=False)
 
 
 def small(image: np.ndarray, side: int = 480) -> np.ndarray:
@@ -93,30 +86,24 @@ def comparison(rows: list[tuple], title: str, classes: int, ignore_index: int | 
     fig, axes = figure(len(rows), 4, 2.6, 2.0, title)
     for axis_row, (label, name, *arrays, dice) in zip(axes, rows):
         image, truth, mask = map(small, arrays)
-        panels = {
-            name: image,
-            'truth': overlay(image, truth, classes),
-            f'prediction, Dice {dice:.4f}': overlay(image, mask, classes),
-            'errors': errors(image, truth, mask, ignore_index),
-        }
-        for axis, (panel, picture) in zip(axis_row, panels.items()):
-            show_image(axis, picture, panel)
+        show_image(axis_row[0], image, name)
+        show_image(axis_row[1], overlay(image, truth, classes), 'truth')
+        show_image(axis_row[2], overlay(image, mask, classes), f'prediction, Dice {dice:.4f}')
+        show_image(axis_row[3], errors(image, truth, mask, ignore_index), 'errors')
         axis_row[0].set_ylabel(label, fontsize=8)
-    missed = 'missed' if classes == 1 else 'missed, or another class'
-    legend(fig, class_legend(classes) | {missed: MISSED, 'added': ADDED})
+    legend(fig, classes, missed=MISSED, added=ADDED)
     return fig
 
 
 def samples(masks: dict[str, tuple], classes: int) -> Figure:
     """Test images with their predicted masks drawn over them: name -> (image, mask)."""
-    columns = min(4, len(masks))
     title = 'The first test images with their predicted masks'
-    fig, axes = figure(-(-len(masks) // columns), columns, 2.8, 2.1, title)
+    fig, axes = figure(-(-len(masks) // 4), min(4, len(masks)), 2.8, 2.1, title)
     for axis in axes.flat[len(masks) :]:
         axis.axis('off')
     for axis, (name, arrays) in zip(axes.flat, masks.items()):
         show_image(axis, overlay(*map(small, arrays), classes), name)
-    legend(fig, class_legend(classes))
+    legend(fig, classes)
     return fig
 
 
@@ -138,7 +125,7 @@ def curves(history: list[dict], rates: list, title: str) -> Figure:
             axis.plot(*zip(*points), color=colour, marker='o', ms=3, label=column)
         axis.legend(fontsize=8, frameon=False)
         axis.set_ylabel(label)
-    axes[0, 2].plot(*zip(*rates), color=BLACK)
+    axes[0, 2].plot(*zip(*rates), color='black')
     axes[0, 2].set(ylabel='learning rate', ylim=(0, None))
     for axis in axes[0]:
         axis.set(xlabel='epochs', xlim=(0, len(history) + 0.5))
@@ -170,13 +157,11 @@ def precision(table, title: str) -> Figure:
         'val_dice': ('validation Dice', BLUE, '.4f'),
     }
     for axis, (column, (label, colour, digits)) in zip(axes[0], panels.items()):
-        values = table[column].astype(float)
-        texts = ['not run' if np.isnan(value) else f'{value:{digits}}' for value in values]
-        bars = axis.barh(range(len(table)), values.fillna(0), color=colour, height=0.6)
+        texts = ['not run' if np.isnan(value) else f'{value:{digits}}' for value in table[column]]
+        bars = axis.barh(table.precision, table[column].fillna(0), color=colour, height=0.6)
         axis.bar_label(bars, texts, padding=3, fontsize=8)
-        axis.margins(x=0.25)
-        axis.set(yticks=range(len(table)), yticklabels=[''] * len(table), xlabel=label)
+        axis.set(xlabel=label, xmargin=0.25)
         axis.invert_yaxis()
+        axis.label_outer()
         axis.spines[['top', 'right']].set_visible(False)
-    axes[0, 0].set_yticklabels(table.precision)
     return fig

@@ -34,13 +34,11 @@ def main() -> None:
             strength = 0.35 if row else 0
             picture = plots.overlay(image, item['mask'].numpy(), config.CLASSES, strength)
             plots.show_image(axis, picture, f'epoch {row - 1}' if row > 1 else item['img'])
-    plots.legend(fig, plots.class_legend(config.CLASSES))
+    plots.legend(fig, config.CLASSES)
     file = plots.save(fig, config.path(config.OUTPUT) / 'test_dataset.png')
-    item = plain[0]
-    print(
-        f'{len(plain)} images; image {tuple(item["image"].shape)}, mask {tuple(item["mask"].shape)}'
-    )
-    print(f'classes in the first mask: {item["mask"].unique().tolist()}; {file}')
+    image, mask = plain[0]['image'], plain[0]['mask']
+    print(f'{len(plain)} images; image {tuple(image.shape)}, mask {tuple(mask.shape)}')
+    print(f'classes in the first mask: {mask.unique().tolist()}; {file}')
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ Writes  nothing.
     python test_model.py --list convnext      the encoders with convnext in their names
 """
 
+import signal
 from functools import partial
 
 import torch
@@ -31,6 +32,8 @@ def print_part(name: str, part: torch.nn.Module, _, output) -> None:
 
 def main(options) -> None:
     if options.list is not None:
+        # End quietly in `--list | head`. Windows has no SIGPIPE.
+        signal.signal(getattr(signal, 'SIGPIPE', signal.SIGTERM), signal.SIG_DFL)
         print('MODEL_NAME = smp_<decoder>_<encoder>\n\ndecoders:', *decoders.DECODERS)
         names = [name for name in encoders.names() if options.list in name]
         print('\nencoders (tu-: from timm):', *names, sep='\n  ')

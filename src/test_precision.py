@@ -40,56 +40,55 @@ OPTIONS = {
 
 # name -> PRECISION, and whether float32 products may be computed in TF32
 ROWS = {'32': (32, False), '32 with TF32': (32, True), 'bf16': ('bf16', True), '16': (16, True)}
+DIGITS = {'images_per_second': 2, 'step_ms': 2, 'peak_memory_mb': 0, 'val_dice': 4}
+HARDWARE = {'devices': 1, 'num_nodes': 1, 'strategy': 'auto'}
 WARM_UP = 10  # steps in which cuDNN tries its algorithms and the workers start
 
 
 def main(options) -> None:
+    runtime.hide_warnings()
     if options.row is not None:
         print(json.dumps(measure(options.row, options.steps)))
         return
-    start, arguments = time.monotonic(), options.arguments
+    arguments = options.arguments
     if not config.path(config.TRAIN_PATH).is_dir():
         folder, table = f'{config.INPUT}/demo', f'{config.OUTPUT}/demo/train_folds.csv'
         arguments = demo.arguments(arguments, INPUT=folder, TRAIN_FOLDS=table)
         print(f"no images in {config.TRAIN_PATH}: using the demo's cars", flush=True)
         command_line.override(arguments)
-        demo.make_dataset(config.path(config.INPUT), seed=config.SEED)
+        demo.make_dataset(config.INPUT, seed=config.SEED)
         folds.main()
     folds.check_up_to_date()
-    rows, devices = [], []
+    runs = []
     for name in ROWS:
         reason = impossible(name)
-        seeds = range(config.SEED, config.SEED + (0 if reason else options.seeds))
-        results = [run_row(name, options.steps, [*arguments, f'SEED={seed}']) for seed in seeds]
-        rows.append(summary(name, results, reason))
-        devices += [result['device'] for result in results]
-        print(f'{name}: {rows[-1]["note"]}', flush=True)
-    table, output = pd.DataFrame(rows), config.path(config.OUTPUT)
+        for seed in range(config.SEED, config.SEED + (1 if reason else options.seeds)):
+            words = [*arguments, f'SEED={seed}']
+            run = {'note': reason} if reason else run_row(name, options.steps, words)
+            print(f'{name}: {run["note"]}', flush=True)
+            runs.append({'precision': name, **run})
+    table, output = summary(runs), config.path(config.OUTPUT)
     files.write_table(table, output / 'precision.csv')
     print(table.drop(columns='note').to_string(index=False, na_rep='-'))
-    title = f'{config.MODEL_NAME}, {config.CROP_SIZE} pixels, {devices[0]}'
+    device = runtime.device_name(runtime.quiet_trainer(**HARDWARE))
+    title = f'{config.MODEL_NAME}, {config.CROP_SIZE} pixels, {device}'
     plots.save(plots.precision(table, title), output / 'precision.png')
-    print(
-        f'{(time.monotonic() - start) / 60:.1f} minutes; torch {torch.__version__}, '
-        f'pytorch-lightning {pl.__version__}; {config.OUTPUT}/precision.csv, precision.png'
-    )
+    print(f'{config.OUTPUT}/precision.csv; torch {torch.__version__}, Lightning {pl.__version__}')
 
 
 def impossible(name: str) -> str:
     """Why this hardware cannot run a row; '' where it can."""
     cuda = runtime.on_cuda()
-    capability = torch.cuda.get_device_capability() if cuda else (0, 0)
-    if name == '32 with TF32' and capability < (8, 0):
-        return 'not run: TF32 needs an NVIDIA GPU of compute capability 8.0 or more'
     if name == '16' and not cuda:
         return 'not run: float16 with a gradient scaler needs a CUDA GPU'
-    if name == 'bf16' and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return 'not run: bfloat16 needs a GPU of compute capability 8.0 or more'
+    old = not cuda or torch.cuda.get_device_capability() < (8, 0)
+    if old and (name == '32 with TF32' or (name == 'bf16' and cuda)):
+        return f'not run: {name} needs an NVIDIA GPU of compute capability 8.0 or more'
     return ''
 
 
 def run_row(name: str, steps: int, arguments: list[str]) -> dict:
-    """What `measure` gives, from a process of its own; or its device and a note where memory ran out."""
+    """What `measure` gives, from a process of its own."""
     command = [sys.executable, __file__, '--row', name, '--steps', str(steps), *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -97,85 +96,64 @@ def run_row(name: str, steps: int, arguments: list[str]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summary(name: str, results: list[dict], reason: str) -> dict:
-    """A row of precision.csv: medians over the seeds, but the mean of val_dice."""
-    measured = [result for result in results if 'val_dice' in result]
-    row = {'precision': name}
-    for key, digits in (('images_per_second', 2), ('step_ms', 2), ('peak_memory_mb', 0)):
-        values = pd.Series([result[key] for result in measured], dtype=float)
-        row[key] = round(values.median(), digits) if measured else None
-    dice = pd.Series([result['val_dice'] for result in measured], dtype=float)
-    row['val_dice'] = round(dice.mean(), 4) if measured else None
-    notes = list(dict.fromkeys(result['note'] for result in results)) or [reason]
-    if len(measured) > 1:
-        notes.append(f'val_dice of the seeds {", ".join(f"{value:.4f}" for value in dice)}')
-    return {**row, 'note': '; '.join(notes)}
+def summary(runs: list[dict]) -> pd.DataFrame:
+    """precision.csv from its runs, one per seed: medians, but the mean of val_dice; all notes."""
+    table = pd.DataFrame(runs, columns=['precision', *DIGITS, 'note'])
+    rules = {**dict.fromkeys(DIGITS, 'median'), 'val_dice': 'mean', 'note': '; '.join}
+    return table.groupby('precision', sort=False).agg(rules).round(DIGITS).reset_index()
 
 
 class Clock(pl.Callback):
     """Times the steps after the first ones; the device is waited for twice, not at every step."""
 
     def __init__(self, warm_up: int):
-        self.warm_up, self.images = warm_up, 0
-
-    def on_train_batch_start(self, trainer, module, batch, batch_index) -> None:
-        if trainer.global_step == self.warm_up:
-            self.start = self.now()
-        if trainer.global_step >= self.warm_up:
-            self.images += len(batch['img'])
+        self.warm_up, self.images, self.start = warm_up, 0, 0.0
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
-        if trainer.global_step == trainer.max_steps:
-            self.seconds = self.now() - self.start
-
-    @staticmethod
-    def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        if trainer.global_step > self.warm_up:
+            self.images += len(batch['img'])
+        if trainer.global_step in (self.warm_up, trainer.max_steps):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            self.seconds, self.start = now - self.start, now
 
 
 def measure(name: str, steps: int) -> dict:
-    """Train `steps` steps with one precision, then validate: the numbers of a row."""
-    runtime.hide_warnings()
+    """Train with one precision, then validate: the numbers of a row, and a note."""
     config.PRECISION, tf32 = ROWS[name]
     torch.set_float32_matmul_precision('high' if tf32 else 'highest')
     torch.backends.cudnn.allow_tf32 = tf32
     held_out = config.FOLDS[0]
     pl.seed_everything(config.SEED, workers=True, verbose=False)
     model = CarvanaModel([k for k in range(config.N_FOLDS) if k != held_out], [held_out])
-    clock = Clock(WARM_UP)
+    clock, last = Clock(WARM_UP), WARM_UP + steps
     trainer = runtime.quiet_trainer(
-        devices=1,
-        num_nodes=1,
-        strategy='auto',
-        max_steps=WARM_UP + steps,
+        **HARDWARE,
+        max_steps=last,
         limit_val_batches=100,
-        check_val_every_n_epoch=None,
-        val_check_interval=WARM_UP + steps + 1,  # not in between: it would be timed
+        check_val_every_n_epoch=last + 1,  # not in between: it would be timed
         callbacks=[clock],
         benchmark=True,
         num_sanity_val_steps=0,
         profiler='simple',
     )
-    device = runtime.device_name(trainer)
     try:
         trainer.fit(model)
     except torch.OutOfMemoryError:
-        return {'device': device, 'note': 'not run: out of GPU memory'}
+        return {'note': 'not run: out of GPU memory'}
     peak = runtime.peak_memory_mb()
     share = runtime.data_wait_share(trainer.profiler.recorded_durations)
     trainer.validate(model, verbose=False)
+    dice = trainer.callback_metrics['val_dice'].item()
     done = max(int(state['step']) for state in trainer.optimizers[0].state.values())
     return {
-        'device': device,
         'images_per_second': clock.images / clock.seconds,
         'step_ms': 1e3 * clock.seconds / steps,
         'peak_memory_mb': peak,
-        'val_dice': trainer.callback_metrics['val_dice'].item(),
-        'note': f'{WARM_UP + steps - done} of {WARM_UP + steps} steps skipped by the scaler, '
-        * (trainer.precision == '16-mixed')
-        + f'waited for data {share:.0%} of the time',
+        'val_dice': dice,
+        'note': f'seed {config.SEED}: Dice {dice:.4f}, {last - done} of {last} steps skipped for '
+        f'overflow, waited for data {share:.0%} of the time',
     }
 
 
