@@ -239,11 +239,11 @@ def finish(fold: int, trainer: pl.Trainer, log: callbacks.EpochLog, seconds: flo
     checkpoint = Path(trainer.checkpoint_callback.best_model_path)
     best = record(fold, folder, checkpoint, log.state_dict())
     # TensorBoard's tab HPARAMS shows runs that log a metric with their constants.
-    trainer.logger.log_hyperparams(
-        trainer.lightning_module.hparams, {'best_val_dice': best['val_dice']}
-    )
-    if len(log.history) < config.EPOCHS:
-        epochs = len(log.history)
+    hparams = trainer.lightning_module.hparams
+    trainer.logger.log_hyperparams(hparams, {'best_val_dice': best['val_dice']})
+    trainer.logger.finalize('success')
+    epochs = len(log.history)
+    if epochs < config.EPOCHS:
         print(f'no better val_dice in {config.PATIENCE} epochs: stopped after {epochs}')
     share = runtime.data_wait_share(trainer.profiler.recorded_durations)
     print(

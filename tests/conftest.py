@@ -11,6 +11,7 @@ os.environ['OMP_NUM_THREADS'] = '1'
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import command_line
@@ -87,6 +88,22 @@ def settings(folder: Path) -> list[str]:
         'NUM_WORKERS=0',
         'ACCELERATOR=cpu',
     ]
+
+
+class Tiny(torch.nn.Module):
+    """float16 convolutions are slow on a CPU."""
+
+    def __init__(self, weights=None, channels=3, classes=1):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Conv2d(channels, 4, 3, padding=1),
+            torch.nn.BatchNorm2d(4),
+            torch.nn.ReLU(),
+            torch.nn.Conv2d(4, classes, 1),
+        )
+
+    def forward(self, x):
+        return self.layers(x)
 
 
 class Evil:

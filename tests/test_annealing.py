@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import run_script, save_mask_gif, settings
+from conftest import Tiny, run_script, save_mask_gif, settings
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import callbacks
@@ -19,19 +19,22 @@ import folds
 import Lightning_module
 import Lightning_tester
 import Lightning_trainer
+import model_dispatcher
 import optimizers
 from Lightning_module import CarvanaModel, NotFinite
 
 
 @pytest.fixture
-def ready(carvana):
+def ready(carvana, monkeypatch):
+    monkeypatch.setitem(model_dispatcher.MODELS, 'tiny', Tiny)
     folds.main()
     return carvana
 
 
-def train(*words, fold=0):
-    command_line.override([*settings(config.path(config.OUTPUT).parent), *words])
-    Lightning_trainer.train_fold(fold)
+def train(*words):
+    folder = config.path(config.OUTPUT).parent
+    command_line.override([*settings(folder), 'MODEL_NAME=tiny', *words])
+    Lightning_trainer.train_fold(0)
 
 
 def read(folder, name='last.ckpt', version=0):
@@ -198,7 +201,13 @@ def test_patience_ends_a_training_and_resume_leaves_it_so(ready, capsys):
 
 
 def test_a_trial_on_a_few_batches_is_called_one_everywhere(ready, capsys):
-    train('LIMIT_BATCHES=2', 'TRAIN_BATCH_SIZE=2', 'VAL_BATCH_SIZE=1', 'EPOCHS=2')
+    train(
+        'MODEL_NAME=smp_unet_resnet18',
+        'LIMIT_BATCHES=2',
+        'TRAIN_BATCH_SIZE=2',
+        'VAL_BATCH_SIZE=1',
+        'EPOCHS=2',
+    )
     assert pd.read_csv(ready / 'logs/version_0/metrics.csv').step.tolist() == [2, 4]
     assert 'LIMIT_BATCHES=2: A TRIAL' in capsys.readouterr().out
     config.LIMIT_BATCHES = None  # the tester goes by what the model was trained with

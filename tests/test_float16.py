@@ -6,7 +6,7 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
-from conftest import settings
+from conftest import Tiny, settings
 
 import callbacks
 import command_line
@@ -22,22 +22,6 @@ from Lightning_module import CarvanaModel, NotFinite
 
 START = 2.0**26  # a scale at which the first steps overflow
 WORDS = ['MODEL_NAME=tiny', 'TRAIN_BATCH_SIZE=2', 'EPOCHS=3', 'PRECISION=16']  # 8 images: 12 steps
-
-
-class Tiny(torch.nn.Module):
-    """float16 convolutions are slow on a CPU."""
-
-    def __init__(self, weights=None, channels=3, classes=1):
-        super().__init__()
-        self.layers = torch.nn.Sequential(
-            torch.nn.Conv2d(channels, 4, 3, padding=1),
-            torch.nn.BatchNorm2d(4),
-            torch.nn.ReLU(),
-            torch.nn.Conv2d(4, classes, 1),
-        )
-
-    def forward(self, x):
-        return self.layers(x)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import time
 import pandas as pd
 import pytest
 import torch
-from conftest import SRC, environment, make_carvana, run_script, settings
+from conftest import SRC, Tiny, environment, make_carvana, run_script, settings
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -22,6 +22,7 @@ import config
 import folds
 import Lightning_tester
 import Lightning_trainer
+import model_dispatcher
 
 # By hand, some ten minutes: KILLS=20 python -m pytest tests/test_resume.py -k again
 KILLS = int(os.environ.get('KILLS', 1))
@@ -150,12 +151,13 @@ def test_stopped_twice_ends_in_the_same_weights_to_the_bit(
     undisturbed, tmp_path, monkeypatch, words
 ):
     folder, settings = undisturbed
+    monkeypatch.setitem(model_dispatcher.MODELS, 'tiny', Tiny)
     start_epoch = callbacks.EpochLog.on_train_epoch_start
     ends = []
     for stops in ([], [1, 2]):
         paths = [f'LOGS_PATH={tmp_path}/{len(stops)}', f'OUTPUT={tmp_path}/output']
         paths.append(f'TRAIN_FOLDS={folder}/output/train_folds.csv')
-        command_line.override([*settings, *paths, *words])
+        command_line.override([*settings, *paths, 'MODEL_NAME=tiny', *words])
         for stop in stops:
 
             def die(log, trainer, module, stop=stop):
