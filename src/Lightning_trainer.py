@@ -6,10 +6,11 @@ Writes  LOGS_PATH/version_#/ for each fold: checkpoints (best by val_dice, and l
         OUTPUT/models.csv: fold,version,checkpoint,val_dice,val_iou; OUTPUT/cache with CACHE.
 
 The model is MODEL_NAME on images of CROP_SIZE (CHANNELS, CLASSES, IGNORE_INDEX, MODEL_MEAN,
-MODEL_STD, AUGMENTATION), trained by Adam at LR on LOSS (LOSS_ARGS) for EPOCHS, with
-TRAIN_BATCH_SIZE, VAL_BATCH_SIZE, ACCUMULATE_GRAD_BATCHES, PRECISION, SEED, NUM_WORKERS, COMPILE, on
-ACCELERATOR, DEVICES, NUM_NODES, STRATEGY. RESUME goes on where the last run stopped. Several folds
-are trained one after the other, each in its own process.
+MODEL_STD, AUGMENTATION), trained on LOSS (LOSS_ARGS) for EPOCHS (PATIENCE, LIMIT_BATCHES) by OPTIMIZER
+(OPTIMIZER_ARGS) at LR with SCHEDULE, EMA, GRADIENT_CLIP, TRAIN_BATCH_SIZE, VAL_BATCH_SIZE,
+ACCUMULATE_GRAD_BATCHES, PRECISION, SEED, NUM_WORKERS, COMPILE, on ACCELERATOR, DEVICES, NUM_NODES,
+STRATEGY. RESUME goes on where the last run stopped. Several folds are trained one after the other,
+each in its own process.
 
     python Lightning_trainer.py
     python Lightning_trainer.py FOLDS=[0] EPOCHS=1 CROP_SIZE=256
@@ -40,7 +41,6 @@ import dataset
 import dice_loss
 import files
 import folds
-import masks
 import model_dispatcher
 import optimizers
 import plots
@@ -207,22 +207,13 @@ def print_start(fold: int, table: pd.DataFrame, model: CarvanaModel, trainer: pl
             f'only {steps} optimizer step{"s" * (steps > 1)} per epoch: few images want a smaller '
             f'ACCUMULATE_GRAD_BATCHES: {max(1, batches // 10)} gives {min(batches, 10)} steps or more'
         )
-    share = empty_share(table.img.tolist())
+    share = folds.empty_share(table.img.tolist())
     if share > 0.1 and config.LOSS in dice_loss.NEED_AN_OBJECT:
         lines['empty'] = (
             f'{share:.0%} of the masks that were looked at have no object. {config.LOSS} learns '
             'nothing from them: take DC_and_CE_loss'
         )
     print('\n'.join(f'{key:10s}{value}' for key, value in lines.items()), flush=True)
-
-
-def empty_share(names: list[str]) -> float:
-    """The share of masks without an object among some 50 of them; 0 with several classes."""
-    if config.CLASSES > 1:
-        return 0
-    mask_files = [folds.files_of(name)[1] for name in names[:: max(1, len(names) // 50)]]
-    found = [(masks.read_mask(file, 1, config.IGNORE_INDEX) == 1).any() for file in mask_files]
-    return 1 - sum(found) / len(found)
 
 
 def record(fold: int, folder: Path, checkpoint: Path, log: dict) -> dict:

@@ -134,5 +134,6 @@ def shorten(error: Exception, length: int = 160) -> str:
 def did_you_mean(name: str, names) -> str:
     """'did you mean A or B? ' for a misspelt name; '' if no legal name is similar."""
     lower = {known.lower(): known for known in names}
-    close = difflib.get_close_matches(str(name).lower(), lower)
+    number = 1 if str(name).lower() in lower else 3  # only the letter case differs: one answer
+    close = difflib.get_close_matches(str(name).lower(), lower, number, 0.6)
     return f'did you mean {" or ".join(lower[key] for key in close)}? ' if close else ''

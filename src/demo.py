@@ -7,6 +7,7 @@ Writes  INPUT/demo: what Kaggle gives, and test_masks_truth; OUTPUT/demo, LOGS_P
     python demo.py --cars 318 --test-cars 9 --size 1918x1280 --only-draw INPUT=/tmp/carvana
 """
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -129,10 +130,13 @@ def main(options) -> None:
     if options.only_draw:
         return
     given = arguments(options.arguments, **paths)
+    # Threads that wait actively make each other slow wherever another program runs.
+    environment = {'OMP_WAIT_POLICY': 'passive', **os.environ}
     for step in ('folds.py', 'Lightning_trainer.py', 'Lightning_tester.py'):
         print(f'\n--- python {step}', flush=True)
         script = config.path(f'src/{step}')
-        if status := subprocess.run([sys.executable, script, *given]).returncode:
+        command = [sys.executable, script, *given]
+        if status := subprocess.run(command, env=environment).returncode:
             sys.exit(status)
     print(f'\nthe pictures are in {paths["OUTPUT"]}')
 

@@ -119,6 +119,15 @@ def check_mask_values(names: list[str]) -> None:
         print(f'{count} of {len(decoded)} masks that were decoded hold class {value} alone')
 
 
+def empty_share(names: list[str]) -> float:
+    """The share of masks without an object among some 50 of them; 0 with several classes."""
+    if config.CLASSES > 1:
+        return 0
+    mask_files = [files_of(name)[1] for name in names[:: max(1, len(names) // 50)]]
+    found = [(masks.read_mask(file, 1, config.IGNORE_INDEX) == 1).any() for file in mask_files]
+    return 1 - sum(found) / len(found)
+
+
 def assign_folds(names: list[str]) -> pd.DataFrame:
     """The table img,kfold,group: whole groups, shuffled by SEED, in N_FOLDS folds."""
     groups = [group_of(name) for name in names]
