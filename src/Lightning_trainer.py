@@ -207,8 +207,9 @@ def print_start(fold: int, table: pd.DataFrame, model: CarvanaModel, trainer: pl
             f'only {steps} optimizer step{"s" * (steps > 1)} per epoch: few images want a smaller '
             f'ACCUMULATE_GRAD_BATCHES: {max(1, batches // 10)} gives {min(batches, 10)} steps or more'
         )
-    share = folds.empty_share(table.img.tolist())
-    if share > 0.1 and config.LOSS in dice_loss.NEED_AN_OBJECT:
+    needs_object = config.LOSS in dice_loss.NEED_AN_OBJECT
+    share = folds.empty_share(table.img.tolist()) if needs_object else 0
+    if share > 0.1:
         lines['empty'] = (
             f'{share:.0%} of the masks that were looked at have no object. {config.LOSS} learns '
             'nothing from them: take DC_and_CE_loss'

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'src'))
 
 import pandas as pd
 
+import callbacks
 import command_line
 import config
 import demo
@@ -56,8 +57,7 @@ def train(words: list[str], seed: int, optimizer: str, ema, schedule) -> pd.Data
     given = [f'SEED={seed}', f'OPTIMIZER={optimizer}', f'EMA={ema}', f'SCHEDULE={schedule}']
     command = [sys.executable, Lightning_trainer.__file__, *words, *given]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    newest = max(Path(config.LOGS_PATH).glob('version_*'), key=lambda folder: int(folder.name[8:]))
-    return pd.read_csv(newest / 'metrics.csv')
+    return pd.read_csv(callbacks.version_folders()[-1] / 'metrics.csv')
 
 
 def spread(values: pd.Series) -> str:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import callbacks
 import command_line
 import config
 
@@ -104,6 +106,26 @@ class Tiny(torch.nn.Module):
 
     def forward(self, x):
         return self.layers(x)
+
+
+@contextmanager
+def dies_in_epoch(epoch: int):
+    """A training in this process ends with an error as it begins the epoch, counted from 0."""
+    start_epoch = callbacks.EpochLog.on_train_epoch_start
+
+    def die(log, trainer, module):
+        if trainer.current_epoch == epoch:
+            raise ZeroDivisionError
+        start_epoch(log, trainer, module)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(callbacks.EpochLog, 'on_train_epoch_start', die)
+        yield
+
+
+def last_checkpoint(logs: Path) -> dict:
+    """last.ckpt of the only run in a LOGS_PATH."""
+    return torch.load(logs / 'version_0/checkpoints/last.ckpt', weights_only=True)
 
 
 class Evil:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import Tiny, run_script, save_mask_gif, settings
+from conftest import Tiny, last_checkpoint, run_script, save_mask_gif, settings
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import callbacks
@@ -16,7 +16,6 @@ import config
 import dice_loss
 import files
 import folds
-import Lightning_module
 import Lightning_tester
 import Lightning_trainer
 import model_dispatcher
@@ -35,11 +34,6 @@ def train(*words):
     folder = config.path(config.OUTPUT).parent
     command_line.override([*settings(folder), 'MODEL_NAME=tiny', *words])
     Lightning_trainer.train_fold(0)
-
-
-def read(folder, name='last.ckpt', version=0):
-    file = folder / f'logs/version_{version}/checkpoints/{name}'
-    return torch.load(file, weights_only=True)
 
 
 # ------------------------------------------------------------ schedule
@@ -85,7 +79,7 @@ def test_the_rate_on_a_plateau_is_halved():
 
 def test_the_rate_falls_within_epochs_and_the_picture_shows_it(ready, capsys):
     train('EPOCHS=2', 'TRAIN_BATCH_SIZE=2', 'LR=0.01')  # 8 images: 4 steps an epoch
-    state = read(ready)
+    state = last_checkpoint(ready / 'logs')
     epochs, seen = zip(*state['callbacks']['EpochLog']['rates'])
     assert epochs == (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75)
     fall = [0.0001 + 0.0099 * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
@@ -132,11 +126,6 @@ def test_any_optimizer_of_torch(carvana, words, kind, fused):
 
 def test_gradients_are_clipped(ready, monkeypatch):
     norms = []
-
-    def look(module, optimizer):
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
-
     step = torch.optim.Adam.step
     monkeypatch.setattr(
         torch.optim.Adam, 'step', lambda self, closure=None: step(self, lambda: after(closure))
@@ -149,7 +138,8 @@ def test_gradients_are_clipped(ready, monkeypatch):
 
     def after(closure):
         loss = closure()
-        look(models[-1], None)
+        gradients = [p.grad for p in models[-1].parameters() if p.grad is not None]
+        norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
         return loss
 
     train('GRADIENT_CLIP=0.001')
@@ -158,7 +148,7 @@ def test_gradients_are_clipped(ready, monkeypatch):
 
 # ------------------------------------------------------------ average
 def test_the_average_by_hand_is_what_is_kept(ready, monkeypatch):
-    weights, module_step = [], Lightning_module.CarvanaModel.optimizer_step
+    weights, module_step = [], CarvanaModel.optimizer_step
 
     def step(self, *args, **kwargs):
         module_step(self, *args, **kwargs)
@@ -170,7 +160,7 @@ def test_the_average_by_hand_is_what_is_kept(ready, monkeypatch):
     for number, now in enumerate(weights[1:], 1):
         decay = min(0.3, (1 + number) / (10 + number))
         average = {k: decay * average[k] + (1 - decay) * now[k] for k in now}
-    kept, last = read(ready), weights[-1]
+    kept, last = last_checkpoint(ready / 'logs'), weights[-1]
     for name, value in kept['state_dict'].items():
         if value.is_floating_point():
             assert torch.allclose(value, average[name], atol=1e-6), name
@@ -241,7 +231,8 @@ def test_after_nan_a_lower_rate_goes_on_from_the_last_good_checkpoint(
         ):
             train(*words)
     assert not files.models_file().exists()
-    good = read(ready)
+    assert 'val_loss is nan' in (ready / 'logs/version_0' / callbacks.NOT_FINITE).read_text()
+    good = last_checkpoint(ready / 'logs')
     assert good['epoch'] == 1
     told = capsys.readouterr().out
     assert 'epoch   2/4' in told and 'epoch   3/4' not in told
@@ -251,19 +242,14 @@ def test_after_nan_a_lower_rate_goes_on_from_the_last_good_checkpoint(
     told = capsys.readouterr().out
     assert 'with LR=0.001, was 0.004' in told and 'with PRECISION=bf16, was 16' in told
     assert 'resumes   after epoch 2 of 4' in told and 'epoch   3/4' in told
-    state = read(ready)
+    state = last_checkpoint(ready / 'logs')
     assert state['hyper_parameters']['LR'] == 0.001
     before, after = ([r for e, r in s['callbacks']['EpochLog']['rates']] for s in (good, state))
     assert after[: len(before)] == before and len(after) == 2 * len(before)
-    planned = [r for e, r in rates_of_a_whole_training(ready, words)]
+    train(*words, f'LOGS_PATH={ready}/whole')
+    whole = last_checkpoint(ready / 'whole')
+    planned = [r for e, r in whole['callbacks']['EpochLog']['rates']]
     assert after[len(before) :] == pytest.approx([r / 4 for r in planned[len(before) :]])
-
-
-def rates_of_a_whole_training(folder, words):
-    train(*words, f'LOGS_PATH={folder}/whole')
-    return torch.load(folder / 'whole/version_0/checkpoints/last.ckpt', weights_only=True)[
-        'callbacks'
-    ]['EpochLog']['rates']
 
 
 def test_another_rate_is_refused_where_nothing_was_nan(ready):
@@ -343,4 +329,3 @@ def test_constants_are_checked_before_anything_is_read():
         command_line.override([word])
         with pytest.raises(config.UserMistake, match=word.partition('=')[0]):
             command_line.check()
-    assert callbacks.NOT_FINITE

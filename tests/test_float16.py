@@ -6,9 +6,8 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
-from conftest import Tiny, settings
+from conftest import Tiny, dies_in_epoch, last_checkpoint, settings
 
-import callbacks
 import command_line
 import config
 import files
@@ -39,11 +38,6 @@ def train(folder, *words):
     Lightning_trainer.train_fold(0)
 
 
-def last(folder, version=0):
-    file = folder / f'logs/version_{version}/checkpoints/last.ckpt'
-    return torch.load(file, weights_only=True)
-
-
 def test_skipped_steps_move_neither_weights_nor_schedule_and_are_no_nan(float16, monkeypatch):
     scales, step = [], CarvanaModel.optimizer_step
 
@@ -56,7 +50,7 @@ def test_skipped_steps_move_neither_weights_nor_schedule_and_are_no_nan(float16,
     skipped = sum(after < before for before, after in zip([START, *scales], scales))
     grown = sum(after > before for before, after in zip([START, *scales], scales))
     assert len(scales) == 12 and 2 < skipped < 10 and grown > 0
-    state = last(float16)
+    state = last_checkpoint(float16 / 'logs')
     assert state['MixedPrecision']['scale'] == scales[-1] == START * 2.0 ** (grown - skipped)
     steps = int(state['optimizer_states'][0]['state'][0]['step'])
     assert steps == 12 - skipped
@@ -65,22 +59,13 @@ def test_skipped_steps_move_neither_weights_nor_schedule_and_are_no_nan(float16,
 
 
 @pytest.mark.parametrize('words', [[], ['GRADIENT_CLIP=0.1', 'EMA=None', 'SCHEDULE=onecycle']])
-def test_resumed_to_the_bit_with_the_scaler(float16, monkeypatch, words):
+def test_resumed_to_the_bit_with_the_scaler(float16, words):
     train(float16, *words, f'LOGS_PATH={float16}/whole/logs')
-    start_epoch = callbacks.EpochLog.on_train_epoch_start
     for stop in (1, 2):
-
-        def die(log, trainer, module, stop=stop):
-            if trainer.current_epoch == stop:
-                raise ZeroDivisionError
-            start_epoch(log, trainer, module)
-
-        monkeypatch.setattr(callbacks.EpochLog, 'on_train_epoch_start', die)
-        with pytest.raises(ZeroDivisionError):
+        with dies_in_epoch(stop):
             train(float16, *words, 'RESUME=True')
-    monkeypatch.setattr(callbacks.EpochLog, 'on_train_epoch_start', start_epoch)
     train(float16, *words, 'RESUME=True')
-    first, second = last(float16 / 'whole'), last(float16)
+    first, second = last_checkpoint(float16 / 'whole/logs'), last_checkpoint(float16 / 'logs')
     assert first['MixedPrecision'] == second['MixedPrecision']
     assert first['MixedPrecision']['scale'] < START
     for name, weight in first['state_dict'].items():

@@ -12,7 +12,16 @@ import time
 import pandas as pd
 import pytest
 import torch
-from conftest import SRC, Tiny, environment, make_carvana, run_script, settings
+from conftest import (
+    SRC,
+    Tiny,
+    dies_in_epoch,
+    environment,
+    last_checkpoint,
+    make_carvana,
+    run_script,
+    settings,
+)
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -107,7 +116,6 @@ def test_finished_folds_are_left_alone_and_other_constants_refused(undisturbed, 
         config.UserMistake, match='started with LOSS=IoULoss, LR=0.001: set the same'
     ):
         Lightning_trainer.train_fold(0)
-    command_line.override([*words, 'RESUME=True', 'EPOCHS=2'])
     for epochs in (2, 9):  # the annealing was planned for another number
         command_line.override([*words, 'RESUME=True', f'EPOCHS={epochs}'])
         message = r"started with EPOCHS=\d \(SCHEDULE='cosine' was planned for them\): set the same"
@@ -152,27 +160,17 @@ def test_stopped_twice_ends_in_the_same_weights_to_the_bit(
 ):
     folder, settings = undisturbed
     monkeypatch.setitem(model_dispatcher.MODELS, 'tiny', Tiny)
-    start_epoch = callbacks.EpochLog.on_train_epoch_start
     ends = []
     for stops in ([], [1, 2]):
         paths = [f'LOGS_PATH={tmp_path}/{len(stops)}', f'OUTPUT={tmp_path}/output']
         paths.append(f'TRAIN_FOLDS={folder}/output/train_folds.csv')
         command_line.override([*settings, *paths, 'MODEL_NAME=tiny', *words])
         for stop in stops:
-
-            def die(log, trainer, module, stop=stop):
-                if trainer.current_epoch == stop:
-                    raise ZeroDivisionError
-                start_epoch(log, trainer, module)
-
-            monkeypatch.setattr(callbacks.EpochLog, 'on_train_epoch_start', die)
-            with pytest.raises(ZeroDivisionError):
+            with dies_in_epoch(stop):
                 Lightning_trainer.train_fold(0)
             config.RESUME = True
-        monkeypatch.setattr(callbacks.EpochLog, 'on_train_epoch_start', start_epoch)
         Lightning_trainer.train_fold(0)
-        file = tmp_path / str(len(stops)) / 'version_0/checkpoints/last.ckpt'
-        ends.append(torch.load(file, weights_only=True))
+        ends.append(last_checkpoint(tmp_path / str(len(stops))))
     first, second = ends
     assert ('current_model_state' in first) == ('EMA=None' not in words)
     for key in ('state_dict', 'current_model_state'):
