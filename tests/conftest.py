@@ -1,6 +1,7 @@
 """Shared pieces: settings that are put back after each test, and a tiny data set like Carvana's."""
 
 import os
+import runpy
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -22,12 +23,22 @@ import config
 SRC = Path(config.__file__).parent
 
 
+@contextmanager
+def own_config(*words: str):
+    """config.py with these NAME=value words, then as it was before."""
+    before = dict(vars(config))
+    try:
+        command_line.override(words)
+        yield
+    finally:
+        vars(config).update(before)
+
+
 @pytest.fixture(autouse=True)
 def restore_config():
     """Whatever a test sets in config.py, the next one meets the defaults."""
-    before = dict(vars(config))
-    yield
-    vars(config).update(before)
+    with own_config():
+        yield
 
 
 def draw_ellipse(rng, height: int = 48, width: int = 64) -> tuple[np.ndarray, np.ndarray]:
@@ -83,7 +94,7 @@ def settings(folder: Path) -> list[str]:
         f'OUTPUT={folder}/output',
         f'LOGS_PATH={folder}/logs',
         'CROP_SIZE=32',
-        'MODEL_NAME=smp_unet_resnet18',
+        'MODEL_NAME=smp_linknet_tu-test_resnet',
         'ENCODER_WEIGHTS=None',
         'ACCUMULATE_GRAD_BATCHES=1',
         'EPOCHS=1',
@@ -140,11 +151,24 @@ def environment() -> dict:
     return {**os.environ, 'HF_HUB_OFFLINE': '1'}
 
 
-def run_script(
-    script: str, *words: str, timeout: int = 300, cwd=None
-) -> subprocess.CompletedProcess:
-    """Run a script of src/ as a user does, in a process of its own."""
-    command = [sys.executable, str(SRC / script), *map(str, words)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=cwd
-    )
+def start(script, *words, python=(sys.executable,), **keywords) -> subprocess.Popen:
+    """Start a script, by default one of src/, as a user does, in a process group of its own."""
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **keywords}
+    command = [*python, SRC / script, *words]
+    return subprocess.Popen(command, text=True, env=environment(), start_new_session=True, **pipes)
+
+
+def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    """Wait for a script's end; what it printed is in stdout and stderr."""
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_script(script, *words, **keywords) -> subprocess.CompletedProcess:
+    return finish(start(script, *words, **keywords))
+
+
+def run_here(monkeypatch, script: str, *words: str) -> None:
+    """Run a script of src/ in this process, where the libraries are already loaded."""
+    monkeypatch.setattr(sys, 'argv', [script, *words])
+    runpy.run_path(str(SRC / script), run_name='__main__')

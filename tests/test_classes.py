@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import draw_ellipse, settings
+from conftest import draw_ellipse, own_config, settings
 from PIL import Image
 
 import command_line
@@ -48,14 +48,10 @@ def trained(tmp_path_factory):
         'LOSS=CE_Dice',
     ]
     words += ['LR=0.003', 'MODEL_NAME=smp_fpn_resnet18', 'CROP_SIZE=(32, 64)']
-    before = dict(vars(config))
-    try:
-        command_line.override(words)
+    with own_config(*words):
         folds.main()
         Lightning_trainer.train_fold(0)
         Lightning_tester.main()
-    finally:
-        vars(config).update(before)
     return folder, words
 
 

@@ -8,7 +8,14 @@ import sys
 
 import pandas as pd
 import pytest
-from conftest import SRC, environment, make_carvana, run_script, settings
+import validate_alone
+from conftest import finish, make_carvana, own_config, run_script, settings, start
+
+import command_line
+import config
+import folds
+import Lightning_tester
+import Lightning_trainer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -19,13 +26,9 @@ def uneven(tmp_path_factory):
     folder = tmp_path_factory.mktemp('devices')
     make_carvana(folder / 'input', cars=7, sides=3)
     words = [*settings(folder), 'N_FOLDS=3', 'FOLDS=[0]', 'TRAIN_BATCH_SIZE=2', 'VAL_BATCH_SIZE=2']
-    assert run_script('folds.py', *words).returncode == 0
+    with own_config(*words):
+        folds.main()
     return folder, words
-
-
-def launch(*command) -> subprocess.Popen:
-    out = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
-    return subprocess.Popen([*map(str, command)], env=environment(), start_new_session=True, **out)
 
 
 def scores(text: str) -> list[float]:
@@ -33,26 +36,32 @@ def scores(text: str) -> list[float]:
     return [float(word) for word in line.split()[1:]]
 
 
-def test_scores_of_two_processes_and_of_two_nodes_are_those_of_one(uneven):
+def test_scores_of_two_processes_and_of_two_nodes_are_those_of_one(uneven, capsys):
     _, words = uneven
     script = f'{HERE}/validate_alone.py'
-    one = launch(sys.executable, script, *words).communicate()[0]
-    two = launch(sys.executable, script, *words, 'DEVICES=2').communicate()[0]
+    two = start(script, *words, 'DEVICES=2')
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     address = ['--nnodes=2', '--master-addr=127.0.0.1', f'--master-port={port}']
     torchrun = [sys.executable, '-m', 'torch.distributed.run', *address, '--nproc-per-node=1']
     nodes = [
-        launch(*torchrun, f'--node-rank={rank}', script, *words, 'NUM_NODES=2') for rank in (0, 1)
+        start(script, *words, 'NUM_NODES=2', python=[*torchrun, f'--node-rank={rank}'])
+        for rank in (0, 1)
     ]
-    both = '\n'.join(node.communicate()[0] for node in nodes)
-    assert scores(two) == pytest.approx(scores(one), abs=1e-6)
-    assert scores(both) == pytest.approx(scores(one), abs=1e-6)
+    command_line.override(words)
+    validate_alone.main()
+    one = scores(capsys.readouterr().out)
+    assert scores(finish(two).stdout) == pytest.approx(one, abs=1e-6)
+    both = ''.join(finish(node).stdout for node in nodes)
+    assert scores(both) == pytest.approx(one, abs=1e-6)
 
 
-def test_training_on_two_devices_and_the_death_of_one(uneven):
+def test_training_on_two_devices_and_the_death_of_one(uneven, tmp_path):
     folder, words = uneven
+    long = [f'LOGS_PATH={tmp_path}/logs', f'OUTPUT={tmp_path}/output', 'EPOCHS=9999']
+    long.append(f'TRAIN_FOLDS={folder}/output/train_folds.csv')
+    process = start('Lightning_trainer.py', *words, *long, 'DEVICES=2', stderr=subprocess.STDOUT)
     result = run_script('Lightning_trainer.py', *words, 'DEVICES=2')
     assert result.returncode == 0, result.stderr
     assert result.stderr == '' and '2 x cpu' in result.stdout
@@ -60,9 +69,6 @@ def test_training_on_two_devices_and_the_death_of_one(uneven):
     assert [f.name for f in (folder / 'logs').glob('version_*')] == ['version_0']
     assert len(pd.read_csv(folder / 'output/models.csv')) == 1
 
-    process = launch(
-        sys.executable, SRC / 'Lightning_trainer.py', *words, 'DEVICES=2', 'EPOCHS=9999'
-    )
     for line in process.stdout:
         if 'epoch   1/' in line:
             break
@@ -82,11 +88,15 @@ def environ(pid: int) -> bytes:
         return file.read()
 
 
-def test_several_folds_in_one_launch_are_refused(uneven):
+@pytest.mark.parametrize('name', ['WORLD_SIZE', 'SLURM_NTASKS'])
+def test_several_folds_in_one_launch_are_refused(uneven, monkeypatch, name):
+    """As a process of torchrun or of srun."""
     _, words = uneven
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']
-    text = launch(*torchrun, SRC / 'Lightning_trainer.py', *words, 'FOLDS=[0, 1]').communicate()[0]
-    assert 'FOLDS=[0, 1]: torchrun and srun train one fold each' in text
+    monkeypatch.setenv(name, '2')
+    command_line.override([*words, 'FOLDS=[0, 1]'])
+    refused = r'FOLDS=\[0, 1\]: torchrun and srun train one fold each'
+    with pytest.raises(config.UserMistake, match=refused):
+        Lightning_trainer.main()
 
 
 def test_more_processes_than_batches(uneven, tmp_path):
@@ -97,14 +107,12 @@ def test_more_processes_than_batches(uneven, tmp_path):
     for file in sorted((folder / 'input/train_hq').iterdir())[:3]:
         (test / file.name).write_bytes(file.read_bytes())
     checkpoint = pd.read_csv(folder / 'output/models.csv').checkpoint[0]
-    texts = []
-    for devices in (1, 2):
-        given = [*words, f'PATH={checkpoint}', f'TEST_PATH={test}', f'DEVICES={devices}']
-        given += ['VAL_BATCH_SIZE=4', f'OUTPUT={tmp_path}/{devices}']
-        given.append(f'TRAIN_FOLDS={folder}/output/train_folds.csv')
-        result = run_script('Lightning_tester.py', *given)
-        assert result.returncode == 0, result.stderr
-        texts.append(
-            [(tmp_path / f'{devices}/{name}.csv').read_text() for name in ('oof', 'submission')]
-        )
-    assert texts[0] == texts[1] and texts[0][1].count('\n') == 4
+    given = [*words, f'PATH={checkpoint}', f'TEST_PATH={test}', 'VAL_BATCH_SIZE=4']
+    given.append(f'TRAIN_FOLDS={folder}/output/train_folds.csv')
+    result = run_script('Lightning_tester.py', *given, f'OUTPUT={tmp_path}/two', 'DEVICES=2')
+    assert result.returncode == 0, result.stderr
+    command_line.override([*given, f'OUTPUT={tmp_path}/one'])
+    Lightning_tester.main()
+    for name, lines in (('oof', 10), ('submission', 4)):
+        text = (tmp_path / f'one/{name}.csv').read_text()
+        assert text == (tmp_path / f'two/{name}.csv').read_text() and text.count('\n') == lines

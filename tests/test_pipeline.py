@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import make_carvana, run_script, settings
+from conftest import make_carvana, run_here, run_script, settings
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
@@ -77,9 +77,8 @@ def test_the_folds_models_start_apart_and_differ(trained):
     first, second = (
         torch.load(folder / c, weights_only=True)['state_dict'] for c in models.checkpoint
     )
-    assert not torch.equal(
-        first['model.encoder.conv1.weight'], second['model.encoder.conv1.weight']
-    )
+    name = next(iter(first))
+    assert first[name].ndim == 4 and not torch.equal(first[name], second[name])
 
 
 def test_out_of_fold_scores_can_be_recomputed(trained):
@@ -122,68 +121,39 @@ def test_the_submission_decodes_to_masks_that_fit(trained):
         assert 2 * (mask & bright).sum() / (mask.sum() + bright.sum()) > 0.7
 
 
-def test_a_checkpoint_and_a_folder_are_enough_to_predict(trained, tmp_path):
+def test_a_checkpoint_and_a_folder_are_enough_to_predict(trained, tmp_path, monkeypatch, capsys):
     folder, words, _ = trained
     checkpoint = folder / pd.read_csv(folder / 'output/models.csv').checkpoint[0]
     given = [f'PATH={checkpoint}', f'TEST_PATH={folder}/input/test_hq', f'OUTPUT={tmp_path}/out']
-    given += [
-        f'INPUT={tmp_path}/nothing',
-        'NUM_WORKERS=0',
-        'SAVE_MASKS=True',
-        'TTA=True',
-        'THRESHOLD=0.4',
-    ]
-    result = run_script('Lightning_tester.py', *given, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert 'nothing to score' in result.stdout
+    given += [f'INPUT={tmp_path}/nothing', 'NUM_WORKERS=0', 'ACCELERATOR=cpu']
+    given += ['SAVE_MASKS=True', 'TTA=True', 'THRESHOLD=0.4']
+    run_here(monkeypatch, 'Lightning_tester.py', *given)
+    assert 'nothing to score' in capsys.readouterr().out
     table = pd.read_csv(tmp_path / 'out/submission.csv')
     for row in table.itertuples():
         png = np.array(Image.open(tmp_path / 'out/test_masks' / row.img.replace('.jpg', '.png')))
         assert np.array_equal(png, 255 * masks.rle_decode(row.rle_mask, (48, 64)))
 
 
-@pytest.mark.parametrize(
-    ('script', 'extra', 'message'),
-    [
-        (
-            'Lightning_trainer.py',
-            ['LR=1e30', 'ACCUMULATE_GRAD_BATCHES=2'],
-            'the loss is nan in epoch',
-        )
-    ],
-)
-def test_mistakes_end_with_one_line(trained, script, extra, message):
-    folder, words, _ = trained
-    result = run_script(script, *words, 'FOLDS=[0]', *(word.format(folder) for word in extra))
-    assert result.returncode == 1
-    assert message in result.stderr and 'Traceback' not in result.stderr
-    assert result.stderr.count('\n') == 1
-    if 'ACCUMULATE_GRAD_BATCHES=2' in extra:
-        assert 'only 2 optimizer steps per epoch' in result.stdout
-        assert 'a smaller ACCUMULATE_GRAD_BATCHES: 1 gives 3' in result.stdout
-
-
-def test_a_broken_image_is_named_by_the_worker_that_meets_it(trained, tmp_path):
-    make_carvana(tmp_path / 'input', cars=6)
-    words = [*settings(tmp_path), 'N_FOLDS=3', 'FOLDS=[0]', 'NUM_WORKERS=2']
-    run_script('folds.py', *words)
-    bad = next((tmp_path / 'input/train_masks').iterdir())
+def test_a_broken_image_is_named_by_the_worker_that_meets_it(carvana, monkeypatch):
+    words = [*settings(carvana), 'N_FOLDS=3', 'FOLDS=[0]', 'NUM_WORKERS=2']
+    run_here(monkeypatch, 'folds.py', *words)
+    bad = next((carvana / 'input/train_masks').iterdir())
     Image.fromarray(np.full((48, 64), 7, np.uint8)).save(bad)
-    result = run_script('Lightning_trainer.py', *words)
-    assert result.returncode == 1
-    assert result.stderr.count('\n') == 1 and f'{bad.name}: mask values 7' in result.stderr
-    assert not (tmp_path / 'output/models.csv').exists()
+    with pytest.raises(SystemExit, match=rf'^.*{bad.name}: mask values 7.*$') as stop:
+        run_here(monkeypatch, 'Lightning_trainer.py', *words)
+    assert '\n' not in str(stop.value)
+    assert not (carvana / 'output/models.csv').exists()
 
 
-def test_looking_at_data_and_model(trained):
+def test_looking_at_data_and_model(trained, monkeypatch, capsys):
     folder, words, _ = trained
-    result = run_script('test_dataset.py', *words)
-    assert result.returncode == 0, result.stderr
-    assert (folder / 'output/test_dataset.png').stat().st_size > 10_000
-    (folder / 'output/test_dataset.png').unlink()
-    result = run_script('test_model.py', *words)
-    assert result.returncode == 0, result.stderr
-    assert '14.33 M parameters' in result.stdout
+    picture = folder / 'output/test_dataset.png'
+    run_here(monkeypatch, 'test_dataset.py', *words)
+    assert picture.stat().st_size > 10_000
+    picture.unlink()
+    run_here(monkeypatch, 'test_model.py', *words, 'MODEL_NAME=smp_unet_resnet18')
+    assert '14.33 M parameters' in capsys.readouterr().out
 
 
 def test_nothing_is_written_under_input(trained):

@@ -71,7 +71,7 @@ def test_the_example_of_ones_own_images_runs_as_it_stands(tmp_path):
     project = tmp_path / 'my project'
     shutil.copytree(SRC, project / 'src', ignore=shutil.ignore_patterns('__pycache__'))
     make, run = (block for block in BLOCKS if 'own/' in block)
-    short = run.replace('FOLDS=[0]', 'FOLDS=[0] EPOCHS=1 MODEL_NAME=smp_fpn_resnet18')
+    short = run.replace('FOLDS=[0]', 'FOLDS=[0] EPOCHS=1 MODEL_NAME=smp_linknet_tu-test_resnet')
     activated = os.pathsep.join([os.path.dirname(sys.executable), os.environ['PATH']])
     result = subprocess.run(
         ['bash', '-ec', make + short],

@@ -6,21 +6,21 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pandas as pd
 import pytest
 import torch
 from conftest import (
-    SRC,
     Tiny,
     dies_in_epoch,
-    environment,
+    finish,
     last_checkpoint,
     make_carvana,
+    own_config,
     run_script,
     settings,
+    start,
 )
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
@@ -35,18 +35,8 @@ import model_dispatcher
 
 # By hand, some ten minutes: KILLS=20 python -m pytest tests/test_resume.py -k again
 KILLS = int(os.environ.get('KILLS', 1))
-SETTINGS = ['N_FOLDS=3', 'EPOCHS=3', 'MODEL_NAME=smp_fpn_resnet18', 'NUM_WORKERS=0']
-SETTINGS += ['FOLDS=[0]'] if KILLS == 1 else ['FOLDS=[0, 1]', 'EPOCHS=4']
-
-
-def start(folder, script, *words):
-    """Start a script in a process group of its own."""
-    command = [sys.executable, str(SRC / script), *words]
-    out = (folder / 'log.txt').open('a')
-    # As many threads as in run_script: sums in another order differ in their last bits.
-    return subprocess.Popen(
-        command, stdout=out, stderr=out, env=environment(), start_new_session=True
-    )
+SETTINGS = ['N_FOLDS=3', 'EPOCHS=12', 'NUM_WORKERS=0']
+SETTINGS += ['FOLDS=[0]'] if KILLS == 1 else ['FOLDS=[0, 1]']
 
 
 @pytest.fixture(scope='module')
@@ -54,9 +44,9 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp('whole')
     make_carvana(folder / 'input', cars=6)
     words = [*settings(folder), *SETTINGS]
-    for script in ('folds.py', 'Lightning_trainer.py', 'Lightning_tester.py'):
-        result = run_script(script, *words)
-        assert result.returncode == 0, result.stderr
+    with own_config(*words):
+        for script in (folds, Lightning_trainer, Lightning_tester):
+            script.main()
     return folder, words
 
 
@@ -73,18 +63,26 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(undisturbed, tm
     """Also with other numbers of workers, which decide nothing."""
     make_carvana(tmp_path / 'input', cars=6)
     words = [*settings(tmp_path), *SETTINGS, 'RESUME=True']
-    assert run_script('folds.py', *words).returncode == 0
+    command_line.override(words)
+    folds.main()
     seconds = random.Random(KILLS)
     for kill in range(KILLS):
-        process = start(tmp_path, 'Lightning_trainer.py', *words, f'NUM_WORKERS={4 * (kill % 2)}')
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds.uniform(6, 18))
+        workers = f'NUM_WORKERS={4 * (kill % 2)}'
+        process = start('Lightning_trainer.py', *words, workers, stderr=None)
+        if kill % 3:  # as it starts, or while it trains
+            time.sleep(seconds.uniform(0, 8))
+        else:
+            while '  epoch ' not in process.stdout.readline() and process.poll() is None:
+                pass
+            time.sleep(seconds.uniform(0, 0.5))
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    for script in ('Lightning_trainer.py', 'Lightning_tester.py'):
-        result = run_script(script, *words, 'NUM_WORKERS=4')
-        assert result.returncode == 0, result.stderr
+        process.communicate()
+    result = run_script('Lightning_trainer.py', *words, 'NUM_WORKERS=4')
+    assert result.returncode == 0, result.stderr
+    if KILLS == 1:
+        assert 'resumes   after epoch' in result.stdout
+    Lightning_tester.main()
     for name in ('models.csv', 'oof.csv'):
         first, second = (folder / 'output' / name for folder in (undisturbed[0], tmp_path))
         assert first.read_text() == second.read_text().replace(str(tmp_path), str(undisturbed[0]))
@@ -94,9 +92,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(undisturbed, tm
         )
         assert all(torch.equal(first[name], second[name]) for name in first)
         history = pd.read_csv(tmp_path / 'logs' / row.version / 'metrics.csv')
-        assert history[history.val_dice.notna()].epoch.tolist() == list(
-            range(3 if KILLS == 1 else 4)
-        )
+        assert history[history.val_dice.notna()].epoch.tolist() == list(range(12))
         assert (tmp_path / 'logs' / row.version / 'curves.png').is_file()
     assert len(list((tmp_path / 'logs').glob('version_*'))) == (1 if KILLS == 1 else 2)
     left = {file.name for file in (tmp_path / 'output').iterdir()}
@@ -118,7 +114,7 @@ def test_finished_folds_are_left_alone_and_other_constants_refused(undisturbed, 
         Lightning_trainer.train_fold(0)
     for epochs in (2, 9):  # the annealing was planned for another number
         command_line.override([*words, 'RESUME=True', f'EPOCHS={epochs}'])
-        message = r"started with EPOCHS=\d \(SCHEDULE='cosine' was planned for them\): set the same"
+        message = r"started with EPOCHS=12 \(SCHEDULE='cosine' was planned for them\): set the same"
         with pytest.raises(config.UserMistake, match=message):
             Lightning_trainer.train_fold(0)
 
@@ -126,7 +122,7 @@ def test_finished_folds_are_left_alone_and_other_constants_refused(undisturbed, 
 def test_more_epochs_go_on_from_the_last_in_a_folder_that_was_moved(undisturbed, tmp_path, capsys):
     folder, words = undisturbed
     words = [*words, f'LOGS_PATH={tmp_path}/logs', f'OUTPUT={tmp_path}/output', 'SCHEDULE=None']
-    words.append(f'TRAIN_FOLDS={folder}/output/train_folds.csv')
+    words += [f'TRAIN_FOLDS={folder}/output/train_folds.csv', 'EPOCHS=3']
     command_line.override(words)
     Lightning_trainer.train_fold(0)
     shutil.copytree(tmp_path / 'logs', tmp_path / 'moved')
@@ -230,15 +226,14 @@ def test_what_kills_leave_behind_is_cleared_up(undisturbed, tmp_path):
 def test_sigterm_ends_tidily(undisturbed, tmp_path):
     make_carvana(tmp_path / 'input', cars=6)
     words = [*settings(tmp_path), *SETTINGS, 'EPOCHS=500', 'FOLDS=[0, 1]']
-    assert run_script('folds.py', *words).returncode == 0
-    process = start(tmp_path, 'Lightning_trainer.py', *words)
-    for _ in range(600):
-        time.sleep(0.1)
-        if 'epoch   1/500' in (tmp_path / 'log.txt').read_text():
-            break
+    command_line.override(words)
+    folds.main()
+    process = start('Lightning_trainer.py', *words, stderr=subprocess.STDOUT)
+    while 'epoch   1/500' not in process.stdout.readline() and process.poll() is None:
+        pass
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
-    log = (tmp_path / 'log.txt').read_text()
+    log = finish(process).stdout
+    assert process.returncode == 143
     assert 'was stopped at val_dice' in log and 'RESUME=True' in log and 'Traceback' not in log
 
 
@@ -246,39 +241,37 @@ def test_a_killed_tester_goes_on_to_the_same_bytes(undisturbed, tmp_path):
     folder, words = undisturbed
     test = tmp_path / 'test'
     test.mkdir()
-    source = next((folder / 'input/test_hq').iterdir())
+    source = Image.open(next((folder / 'input/test_hq').iterdir())).resize((640, 480))
     for number in range(150):
-        Image.open(source).rotate(number).save(test / f'{number:03d}.jpg', quality=90)
+        source.rotate(number).save(test / f'{number:03d}.jpg', quality=90)
     checkpoint = pd.read_csv(folder / 'output/models.csv').checkpoint[0]
     given = [f'PATH={folder / checkpoint}', f'TEST_PATH={test}', 'INPUT=/none', 'THRESHOLD=0.5']
     given += ['NUM_WORKERS=0', 'ACCELERATOR=cpu']
-    whole = run_script('Lightning_tester.py', *given, f'OUTPUT={tmp_path}/whole')
-    assert whole.returncode == 0, whole.stderr
+    two = start('Lightning_tester.py', *given, f'OUTPUT={tmp_path}/two', 'DEVICES=2')
     killed = [*given, f'OUTPUT={tmp_path}/killed', 'RESUME=True']
 
     def part():
         return next((tmp_path / 'killed').glob('submission.*.part0'), tmp_path / 'none')
 
     for lines in (10, 80):
-        process = start(tmp_path, 'Lightning_tester.py', *killed)
-        for _ in range(600):
-            time.sleep(0.05)
+        process = start('Lightning_tester.py', *killed)
+        while process.poll() is None:
+            time.sleep(0.01)
             if part().exists() and part().read_bytes().count(b'\n') > lines:
                 break
         process.kill()
-        process.wait()
+        process.communicate()
         assert not (tmp_path / 'killed/submission.csv').exists()
     with part().open('ab') as file:
         file.write(b'149.jpg,1 2')  # a line that was being written
-    result = run_script('Lightning_tester.py', *killed)
-    assert result.returncode == 0, result.stderr
+    for outputs in (killed, [*given, f'OUTPUT={tmp_path}/whole']):
+        command_line.override(outputs)
+        Lightning_tester.main()
     submission = (tmp_path / 'whole/submission.csv').read_bytes()
     assert submission.count(b'\n') == 151
     assert (tmp_path / 'killed/submission.csv').read_bytes() == submission
-    two = run_script(
-        'Lightning_tester.py', *given, f'OUTPUT={tmp_path}/two', 'DEVICES=2', 'STRATEGY=ddp'
-    )
-    assert two.returncode == 0, two.stderr
+    result = finish(two)
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / 'two/submission.csv').read_bytes() == submission
     assert not list(tmp_path.glob('*/*.part*'))
 

@@ -20,7 +20,8 @@ from Lightning_module import CarvanaModel
 
 @pytest.fixture
 def model(tmp_path):
-    command_line.override([*settings(tmp_path), 'IMAGE_SUFFIX=.png', f'TEST_PATH={tmp_path}/test'])
+    words = ['IMAGE_SUFFIX=.png', f'TEST_PATH={tmp_path}/test', 'MODEL_NAME=smp_unet_resnet18']
+    command_line.override([*settings(tmp_path), *words])
     torch.manual_seed(0)
     (tmp_path / 'test').mkdir()
     return CarvanaModel([1], [0]).eval()
