@@ -12,6 +12,7 @@ import config
 import dataset
 import dice_loss
 import folds
+import masks
 import metrics
 import model_dispatcher
 import optimizers
@@ -48,10 +49,14 @@ class CarvanaModel(pl.LightningModule):
             self.model.compile()
         for name in {'classes', 'ignore_index'} & self.hparams.LOSS_ARGS.keys():
             raise config.UserMistake(f'{name} is a constant: set {name.upper()}, not LOSS_ARGS')
+        # How masks are read, see masks.read_mask, and what stands for IGNORE_INDEX in them.
+        rule = 'CLASSES', 'IGNORE_INDEX', 'MASK_COLOURS'
+        self.mask_rule = tuple(self.hparams.get(name) for name in rule)
+        self.ignored = masks.ignored_value(self.hparams.IGNORE_INDEX)
         self.loss = dice_loss.build_loss(
             self.hparams.LOSS,
             classes=self.hparams.CLASSES,
-            ignore_index=self.hparams.IGNORE_INDEX,
+            ignore_index=self.ignored,
             **self.hparams.LOSS_ARGS,
         )
         self.scores = metrics.Scores()
@@ -164,9 +169,7 @@ class CarvanaModel(pl.LightningModule):
         """Returns the predicted class indices, uint8 (N, H, W)."""
         logits = self(batch['image'])
         prediction = metrics.decide(metrics.activate(logits))
-        counts = metrics.count(
-            prediction, batch['mask'], self.hparams.CLASSES, self.hparams.IGNORE_INDEX
-        )
+        counts = metrics.count(prediction, batch['mask'], self.hparams.CLASSES, self.ignored)
         rows = torch.tensor([self.row[name] for name in batch['img']], device=self.device)
         self.scores.update(rows, counts, self.loss(logits, batch['mask']))
         return prediction

@@ -160,14 +160,19 @@ def why_not_scored(models: dict[int, CarvanaModel]) -> str:
         saved = model.image_digests
         if saved and saved['val'] != folds.digests(fold)['val']:
             return f'fold {fold} of {config.TRAIN_FOLDS} has other images than when it was trained'
+    try:
+        images.files_of(folds.read_folds(list(models)).img)
+    except config.UserMistake as mistake:
+        return str(mistake)
     return ''
 
 
 def image_batches(names, model: CarvanaModel, scored: bool = False) -> predictor.ImageBatches:
     """Training images, with their masks if they are to be scored, as a model takes them."""
-    image_files, mask_files = zip(*map(folds.files_of, names))
-    rule = model.hparams.CLASSES, model.hparams.IGNORE_INDEX
-    return predictor.ImageBatches(image_files, model.input_size, mask_files * scored, *rule)
+    image_files, mask_files = zip(*images.files_of(names))
+    return predictor.ImageBatches(
+        image_files, model.input_size, mask_files * scored, model.mask_rule
+    )
 
 
 def print_scores(table: pd.DataFrame, note: str) -> None:
@@ -203,8 +208,7 @@ def draw_out_of_fold(table: pd.DataFrame, models: dict, threshold: float) -> Non
     ordered, panels = table.sort_values('dice'), []
     middle = max(4, len(ordered) // 2 - 2)
     rows = ordered[:4].assign(kind='worst'), ordered[middle : middle + 4].assign(kind='typical')
-    hparams = next(iter(models.values())).hparams
-    rule = hparams.CLASSES, hparams.IGNORE_INDEX
+    first = next(iter(models.values()))
     for row in pd.concat(rows).itertuples():
         # Predict its whole batch again: the same batch gives the mask that was scored.
         names = table.img[table.kfold == row.kfold].tolist()
@@ -212,13 +216,16 @@ def draw_out_of_fold(table: pd.DataFrame, models: dict, threshold: float) -> Non
         batch = Subset(image_batches(names, models[row.kfold]), [number])
         runner = predictor.Predictor([models[row.kfold]], [threshold], config.TTA)
         mask = predictor.predict(runner, batch)[place]
-        image_file, mask_file = folds.files_of(row.img)
-        image, truth = images.read_image(image_file), masks.read_mask(mask_file, *rule)
+        ((image_file, mask_file),) = images.files_of([row.img])
+        image, truth = images.read_image(image_file), masks.read_mask(mask_file, *first.mask_rule)
         panels.append((row.kind, row.img, image, truth, mask, row.dice))
     if rank_zero_only.rank:
         return
     output, title = config.path(config.OUTPUT), 'Out of fold: the worst, then typical images'
-    plots.save(plots.comparison(panels, title, *rule), output / 'oof_worst.png')
+    plots.save(
+        plots.comparison(panels, title, first.hparams.CLASSES, first.ignored),
+        output / 'oof_worst.png',
+    )
     title = f'{len(table)} images out of fold, mean {table.dice.mean():.4f}'
     plots.save(plots.histogram(table.dice, 'Dice', title), output / 'oof_histogram.png')
     print(f'{config.OUTPUT}/oof.csv, oof_worst.png, oof_histogram.png')
@@ -245,7 +252,8 @@ def predict_test(models: dict[int, CarvanaModel], threshold: float, test_files: 
         if classes == 1:
             mask = masks.rle_decode(rle, image.shape[:2])
         else:
-            mask = masks.read_mask(mask_folder / f'{image_file.stem}.png', classes)
+            name = files.relative(image_file, config.path(config.TEST_PATH))
+            mask = masks.read_mask(mask_folder / Path(name).with_suffix('.png'), classes)
         samples[image_file.name] = image, mask
     plots.save(plots.samples(samples, classes), output / 'test_samples.png')
     note = runtime.trial_note(first.hparams.get('LIMIT_BATCHES'))

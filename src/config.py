@@ -29,12 +29,19 @@ LOGS_PATH: str = 'lightning_logs'  # one folder version_# per trained fold
 TRAIN_PATH: str = f'{INPUT}/train_hq'
 MASK_PATH: str = f'{INPUT}/train_masks'
 TEST_PATH: str = f'{INPUT}/test_hq'  # no such folder: nothing is predicted
-TRAIN_CSV: str | None = f'{INPUT}/train_masks.csv'  # column img; if absent or None: all images
+# Column img; if absent or None: all images. Its column rle_mask stands in for missing mask files.
+TRAIN_CSV: str | None = f'{INPUT}/train_masks.csv'
 TEST_CSV: str | None = f'{INPUT}/sample_submission.csv'  # column img: order of the submission
 TRAIN_FOLDS: str = f'{OUTPUT}/train_folds.csv'  # written by folds.py
 
-IMAGE_SUFFIX: str = '.jpg'  # image file = name + IMAGE_SUFFIX
-MASK_SUFFIX: str = '_mask.gif'  # mask file = name + MASK_SUFFIX
+# Image file = IMAGE_PREFIX + name + IMAGE_SUFFIX, an ending or a list of endings; masks alike. A name
+# may begin with folders inside TRAIN_PATH, such as patient00/.
+IMAGE_SUFFIX: str | list = '.jpg'
+MASK_SUFFIX: str | list = '_mask.gif'
+IMAGE_PREFIX: str = ''
+MASK_PREFIX: str = ''
+TEST_SUFFIX: str | list = IMAGE_SUFFIX  # of the images to predict
+EMPTY_IF_NO_MASK: bool = False  # an image without a mask file holds no object
 
 # ---------------------------------------------------------------- image
 CROP_SIZE: int | tuple = 1024  # pixels each image is resized to: a side, or (height, width)
@@ -45,11 +52,13 @@ INPUT_SHAPE: tuple = (CHANNELS, *pair(CROP_SIZE))  # follows from the two above
 MODEL_MEAN: tuple = (0.485, 0.456, 0.406) if CHANNELS == 3 else (0.449,)
 MODEL_STD: tuple = (0.229, 0.224, 0.225) if CHANNELS == 3 else (0.226,)
 IGNORE_INDEX: int | None = None  # mask value that is neither trained on nor scored, e.g. 255
+# For masks in colours: [(r, g, b), ...], one per class; background and object if CLASSES is 1.
+MASK_COLOURS: list | None = None
 
 # ---------------------------------------------------------------- folds
 N_FOLDS: int = 5
 GROUP_REGEX: str | None = r'^([0-9a-f]{12})_\d\d$'  # its (group), here the car, is never split
-FOLDS: list = [0, 1, 2, 3, 4]  # folds to train and to test
+FOLDS: list = [*range(N_FOLDS)]  # folds to train and to test
 
 # ---------------------------------------------------------------- model
 MODEL_NAME: str = 'smp_unet_resnet34'  # smp_<decoder>_<encoder>; test_model.py --list
@@ -116,6 +125,7 @@ def differing_constants(saved: dict, other: dict) -> list[str]:
     """Names of the constants that make two trainings differ: not paths, hardware or the tester's."""
     neutral = (
         'INPUT OUTPUT LOGS_PATH TRAIN_PATH MASK_PATH TEST_PATH TRAIN_CSV TEST_CSV TRAIN_FOLDS '
+        'TEST_SUFFIX '
         'ENCODER_WEIGHTS FOLDS NUM_WORKERS CACHE RESUME ACCELERATOR DEVICES NUM_NODES STRATEGY '
         'COMPILE VAL_BATCH_SIZE PATH TTA THRESHOLD SAVE_MASKS'
     )

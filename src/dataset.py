@@ -29,6 +29,7 @@ import folds as fold_table
 import images
 import masks
 
+READING = 2  # one more whenever files are read otherwise: older caches are not believed
 # The original's ShiftScaleRotate: one scale for both axes, a reflected border.
 SHIFT_SCALE_ROTATE = {
     'translate_percent': {'x': (-0.0625, 0.0625), 'y': (-0.0625, 0.0625)},
@@ -82,7 +83,7 @@ def seed_augmentation(augment: A.Compose, text: str) -> None:
         transform.set_random_seed(zlib.crc32(f'{text} {position}'.encode()))
 
 
-def read_pair(image_file: Path, mask_file: Path, size, channels, *mask_rule) -> tuple:
+def read_pair(image_file: Path, mask_file: Path | images.Runs, size, channels, *mask_rule) -> tuple:
     """An image, uint8 (H, W, channels), and its mask, uint8 (H, W), both resized to `size`."""
     image = images.read_image(image_file, channels, size)
     return image, masks.read_mask(mask_file, *mask_rule, size)
@@ -90,7 +91,7 @@ def read_pair(image_file: Path, mask_file: Path, size, channels, *mask_rule) -> 
 
 def read_settings() -> tuple:
     """The constants that decide how pairs are read: the last arguments of read_pair."""
-    return config.crop_size(), config.CHANNELS, config.CLASSES, config.IGNORE_INDEX
+    return config.crop_size(), config.CHANNELS, *fold_table.mask_rule()
 
 
 class CarvanaDataset(Dataset):
@@ -110,7 +111,7 @@ class CarvanaDataset(Dataset):
     def __init__(self, folds: list[int], train: bool | None = None):
         self.names = fold_table.read_folds(folds).img.tolist()
         # Kept here: a spawned worker imports config.py anew, without command line arguments.
-        self.files = {name: fold_table.files_of(name) for name in self.names}
+        self.files = images.files_of(self.names)
         self.seed, self.settings = config.SEED, read_settings()
         augmentation = build_augmentation(config.AUGMENTATION, config.CHANNELS)
         self.augment = augmentation if (len(folds) > 1 if train is None else train) else None
@@ -127,7 +128,7 @@ class CarvanaDataset(Dataset):
         epoch, index = item
         name = self.names[index]
         if self.cache is None:
-            image, mask = read_pair(*self.files[name], *self.settings)
+            image, mask = read_pair(*self.files[index], *self.settings)
         else:
             image, mask = self.cache.load(name)
         if self.augment is not None:
@@ -196,13 +197,13 @@ def open_cache() -> Cache:
 
 def cache_key(names: list[str]) -> str:
     """Digest of everything that the arrays depend on: a cache is right, or it is not found."""
-    state = [*read_settings()]
-    for file in (file for name in names for file in fold_table.files_of(name)):
-        try:
+    state = [READING, *read_settings()]
+    for file in (file for pair in images.files_of(names) for file in pair):
+        if isinstance(file, images.Runs):
+            state.append(file.text)
+        else:
             status = file.stat()
-        except OSError:
-            raise config.UserMistake(f'{file}: no such file: run folds.py again') from None
-        state.append((str(file), status.st_size, status.st_mtime_ns))
+            state.append((str(file), status.st_size, status.st_mtime_ns))
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
 
 
@@ -224,9 +225,10 @@ def build_cache(folder: Path, names: list[str]) -> None:
         image_rows = new_array(temporary / 'images.npy', shape=(*shape, config.CHANNELS))
         mask_rows = new_array(temporary / 'masks.npy', shape=shape)
 
+        pairs = images.files_of(names)
+
         def write(row: int) -> None:
-            pair = read_pair(*fold_table.files_of(names[row]), *read_settings())
-            image_rows[row], mask_rows[row] = pair
+            image_rows[row], mask_rows[row] = read_pair(*pairs[row], *read_settings())
 
         # Threads will do: the decoders release Python's lock.
         with ThreadPoolExecutor(max(1, config.NUM_WORKERS)) as pool:

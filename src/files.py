@@ -1,6 +1,9 @@
-"""Files that are written whole or not at all; locks; tables; models.csv."""
+"""Files: found by their names, written whole or not at all, locked; tables; models.csv."""
 
+import os
 import tempfile
+import unicodedata
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,6 +12,13 @@ from filelock import FileLock, Timeout
 
 import config
 
+# Constant of a folder -> constants that say how its files are named.
+NAMING = {
+    'TRAIN_PATH': ('IMAGE_PREFIX', 'IMAGE_SUFFIX'),
+    'MASK_PATH': ('MASK_PREFIX', 'MASK_SUFFIX'),
+    'TEST_PATH': (None, 'TEST_SUFFIX'),
+}
+ENDINGS = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.gif', '.webp')
 MODELS = ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']  # columns of models.csv
 
 
@@ -95,10 +105,10 @@ def enter_model(fold: int, folder: Path, checkpoint: Path, history: list[dict]) 
     return best
 
 
-def relative(file: Path) -> str:
-    """A path from the project root, if it is inside."""
-    root = config.path('.')
-    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
+def relative(file: Path, root: Path | None = None) -> str:
+    """A path from the project root, or another, if it is inside."""
+    root = root or config.path('.')
+    return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
 
 
 def is_file(name: str | None) -> bool:
@@ -110,3 +120,100 @@ def first_few(names: list, count: int = 5) -> str:
     """The first names, and how many more there are."""
     more = f' and {len(names) - count} more' if len(names) > count else ''
     return ', '.join(map(str, names[:count])) + more
+
+
+# ------------------------------------------------------------ images by their names
+class NothingFound(config.UserMistake):
+    """A folder is missing, or holds no file of the expected name."""
+
+
+# ------------------------------------------------------------ names
+def name_of(file: str, constant: str) -> str | None:
+    """The name in a path from the folder, without prefix and ending; None if it is named otherwise.
+
+    Letter case of the ending does not count. Names are in Unicode NFC: macOS writes another form.
+    """
+    prefix, suffixes = (getattr(config, name or '', '') for name in NAMING[constant])
+    folder, slash, base = unicodedata.normalize('NFC', file).rpartition('/')
+    suffixes = [suffixes] if isinstance(suffixes, str) else suffixes
+    for suffix in sorted(suffixes, key=len, reverse=True):
+        stem = base[: len(base) - len(suffix)]
+        if base.lower().endswith(suffix.lower()) and stem.startswith(prefix) and stem != prefix:
+            return folder + slash + stem.removeprefix(prefix)
+    return None
+
+
+def list_files(constant: str) -> tuple[dict[str, Path], list[str]]:
+    """The image files in TRAIN_PATH, MASK_PATH or TEST_PATH and the folders in it, but hidden ones.
+
+    Returns: name -> file, sorted; and the other images there, which are no masks either.
+
+    Raises config.UserMistake for no file, two files of one name, a name that is no UTF-8 text in one
+    line, and several masks of one image.
+    """
+    folder, suffix = config.path(getattr(config, constant)), NAMING[constant][1]
+    if not folder.is_dir():
+        raise NothingFound(f'{folder}: no such folder: set {constant} or INPUT')
+    relative, nested = [], [config.path(getattr(config, name)) for name in NAMING]
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [f for f in folders if f[0] != '.' and Path(parent, f) not in nested]
+        inside = Path(parent).relative_to(folder)
+        relative += [(inside / file).as_posix() for file in files if file[0] != '.']
+    named, others = {}, []
+    for file in sorted(relative):
+        if name_of(file, constant) is None:
+            others.append(file)
+        else:
+            named.setdefault(name_of(file, constant), []).append(file)
+    for mask in [file for file in relative if constant != 'MASK_PATH' and is_mask(file, named)]:
+        named.pop(name_of(mask, constant), None)
+    for name, files in named.items():
+        for wrong, what in (
+            (len(files) > 1, f'two files of one name, {" and ".join(files)}'),
+            (not name.isprintable(), f'{files[0]!r} is no name in UTF-8 on one line'),
+        ):
+            if wrong:
+                raise config.UserMistake(f'{folder}: {what}: rename or remove one')
+    further = [f for f in relative if constant != 'TEST_PATH' and further_mask_of(f) in named]
+    if further:
+        raise config.UserMistake(
+            f'{folder}: {len(further)} images have more than one mask, such as {further[0]}: join the '
+            'masks of an image in one file'
+        )
+    if not named:
+        endings = Counter(Path(file).suffix or 'no suffix' for file in relative).most_common(4)
+        there = ', '.join(f'{count} {ending}' for ending, count in endings) or 'it is empty'
+        expected = getattr(config, suffix)
+        raise NothingFound(
+            f'{folder}: no file *{expected}, but {there}: set {constant} or {suffix}'
+        )
+    others = [f for f in others if not name_of(f, 'TRAIN_PATH') and not name_of(f, 'MASK_PATH')]
+    others = [f for f in others if f.lower().endswith(ENDINGS)]
+    return {name: folder / files[0] for name, files in sorted(named.items())}, others
+
+
+def is_mask(file: str, names) -> bool:
+    """Whether a file in a folder of images is a mask, of one of the images or of MASK_PATH."""
+    name, differs = name_of(file, 'MASK_PATH'), name_of(file, 'TRAIN_PATH')
+    if further_mask_of(file) in names:
+        return True
+    same_folder = config.path(config.TRAIN_PATH) == config.path(config.MASK_PATH)
+    return name is not None and name != differs and (same_folder or name in names)
+
+
+def further_mask_of(file: str) -> str | None:
+    """'x' for x_mask_1.png where masks are named x_mask.png."""
+    suffixes = config.MASK_SUFFIX if isinstance(config.MASK_SUFFIX, list) else [config.MASK_SUFFIX]
+    for stem in (suffix.rpartition('.')[0] for suffix in suffixes):
+        name, found, rest = file.rpartition('.')[0].rpartition(stem or '/')
+        if stem and found and rest:
+            return name
+    return None
+
+
+def tell_others(constant: str, others: list[str], fate: str) -> None:
+    """Print one line about the images that list_files left out, if there are any."""
+    endings = ', '.join(sorted({Path(file).suffix for file in others}))
+    folder, suffix = getattr(config, constant), NAMING[constant][1]
+    if others:
+        print(f'{len(others)} other images in {folder} ({endings}) are {fate}: see {suffix}')

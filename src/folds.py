@@ -1,12 +1,14 @@
 """Step 1: check the training images and masks, and assign every image to a fold.
 
 Reads   TRAIN_CSV (its column img) or, without it, the image files of TRAIN_PATH; the headers of
-        all images and of their masks in MASK_PATH (IMAGE_SUFFIX, MASK_SUFFIX); the pixels of up to
-        500 masks (CLASSES, IGNORE_INDEX).
+        all images and of their masks in MASK_PATH (IMAGE_PREFIX, IMAGE_SUFFIX, MASK_PREFIX,
+        MASK_SUFFIX, EMPTY_IF_NO_MASK); the pixels of up to 500 masks (CLASSES, IGNORE_INDEX,
+        MASK_COLOURS).
 Writes  TRAIN_FOLDS: img,kfold,group (img without folder and suffix).
 
 Images of one group, found by GROUP_REGEX, are never split between folds: Carvana shows each car from
-16 sides. The split depends on the names, SEED and N_FOLDS alone. Run it again when images change:
+16 sides. Folds are alike in size and in what their masks hold. The split depends on the names, those
+masks, SEED and N_FOLDS alone. Run it again when images change:
 
     python folds.py
 """
@@ -14,47 +16,41 @@ Images of one group, found by GROUP_REGEX, are never split between folds: Carvan
 import hashlib
 import re
 from collections import Counter
-from pathlib import Path
 
+import numpy as np
 import pandas as pd
-from sklearn.model_selection import GroupKFold
 from tqdm import tqdm
 
 import command_line
 import config
 import images
 import masks
-from files import first_few, is_file, read_table, write_table
+from files import first_few, is_file, list_files, read_table, tell_others, write_table
 
+FOLDERS = ('TRAIN_PATH', 'MASK_PATH')
 MASKS_DECODED = 500  # of more masks, this many are decoded here; the first epoch meets the others
 
 
 def main() -> None:
     names = image_names()
     check_pairs(names)
-    check_mask_values(names)
-    table = assign_folds(names)
+    held = decode_masks(names)
+    table = assign_folds(names, held)
     write_table(table, config.path(config.TRAIN_FOLDS))
-    counts = table.groupby('kfold').agg(images=('img', 'size'), groups=('group', 'nunique'))
-    counts.loc['all'] = counts.sum()
-    print(counts.to_string())
+    print_folds(table, held)
     print(f'{config.N_FOLDS} folds that share no group: {config.TRAIN_FOLDS}')
 
 
 def image_names() -> list[str]:
-    """Names, without folder and suffix, of the training images: from TRAIN_CSV or the folder."""
-    folder, suffix = config.path(config.TRAIN_PATH), config.IMAGE_SUFFIX
+    """Names (see files.name_of) of the training images: from TRAIN_CSV or the folder."""
+    source = config.TRAIN_CSV if is_file(config.TRAIN_CSV) else config.path(config.TRAIN_PATH)
     if is_file(config.TRAIN_CSV):
-        table = read_table(config.path(config.TRAIN_CSV), ['img'], 'fix or remove it')
-        names = [name.removesuffix(suffix) for name in table.img]
+        names = [name for name, _ in images.table_rows()]
     else:
-        names = images.list_files(folder, suffix, 'TRAIN_PATH')
-        if folder == config.path(config.MASK_PATH) and suffix != config.MASK_SUFFIX:
-            names = [name for name in names if not (name + suffix).endswith(config.MASK_SUFFIX)]
-    source = config.TRAIN_CSV if is_file(config.TRAIN_CSV) else folder
+        names = list(list_files('TRAIN_PATH')[0])
     twice = [name for name, count in Counter(names).items() if count > 1]
     for wrong, what in (
-        (not names, f'no image *{suffix} (IMAGE_SUFFIX) in it'),
+        (not names, 'no image in it'),
         (not all(names), 'a cell of img is empty: remove the row'),
         (twice, f'images are listed more than once: {first_few(twice)}: remove the other rows'),
     ):
@@ -63,73 +59,119 @@ def image_names() -> list[str]:
     return sorted(names)
 
 
-def files_of(name: str) -> tuple[Path, Path]:
-    """The image file and the mask file of a training image."""
-    image, mask = name + config.IMAGE_SUFFIX, name + config.MASK_SUFFIX
-    return config.path(config.TRAIN_PATH) / image, config.path(config.MASK_PATH) / mask
-
-
 def check_pairs(names: list[str]) -> None:
     """Raise config.UserMistake unless each image can be read and has a mask of its size."""
-    image_folder, mask_folder = config.path(config.TRAIN_PATH), config.path(config.MASK_PATH)
-    with_image = set(images.list_files(image_folder, config.IMAGE_SUFFIX, 'TRAIN_PATH'))
-    with_mask = set(images.list_files(mask_folder, config.MASK_SUFFIX, 'MASK_PATH'))
-    remedy, unpaired = 'move them away, or list the others in TRAIN_CSV', with_mask - with_image
-    if is_file(config.TRAIN_CSV):
-        remedy, unpaired = 'set TRAIN_CSV=None to take all images of the folder', ()
-    for missing, what in (
-        (set(names) - with_image, 'images have no file in TRAIN_PATH'),
-        (set(names) - with_mask, 'images have no mask in MASK_PATH'),
-        (unpaired, 'masks have no image in TRAIN_PATH'),
-    ):
-        if missing:
-            what = f'{len(missing)} {what}: {first_few(sorted(missing))}'
-            raise config.UserMistake(f'{what}: {remedy}')
-    differ = []
-    for name in tqdm(names, 'checking headers', disable=None, leave=False):
-        image_file, mask_file = files_of(name)
-        mode, size = images.header(image_file)
-        images.check_mode(image_file, mode)
-        mask_size = images.header(mask_file)[1]
-        if size != mask_size:
-            differ.append(f'{name} ({size[1]}x{size[0]} and {mask_size[1]}x{mask_size[0]})')
+    pairs, differ, turned, lossy = images.files_of(names), [], [], 0
+    if not is_file(config.TRAIN_CSV):
+        (image_files, other_images), (mask_files, other_masks) = map(list_files, FOLDERS)
+        for constant, others in zip(FOLDERS, (other_images, other_masks)):
+            tell_others(constant, others, 'left out')
+        unpaired = sorted(set(mask_files) - set(image_files))
+        if unpaired:
+            raise config.UserMistake(
+                f'{len(unpaired)} masks have no image in TRAIN_PATH: {first_few(unpaired)}: set '
+                'IMAGE_SUFFIX or IMAGE_PREFIX as images are named, or move the masks away'
+            )
+    for name, (image_file, mask) in zip(tqdm(names, 'headers', disable=None, leave=False), pairs):
+        image = images.header(image_file, images.check_bits)
+        if isinstance(mask, images.Runs):
+            continue
+        mask = images.header(mask)
+        lossy += mask.format in masks.LOSSY
+        if image.size == mask.size[::-1] != mask.size and image.turned != mask.turned:
+            raise config.UserMistake(
+                f'{name}: EXIF turns one of image and mask (orientation {image.turned} and '
+                f'{mask.turned}), so they lie across each other: turn the pixels of both as EXIF says '
+                "(Pillow's ImageOps.exif_transpose) and save them without EXIF"
+            )
+        if image.size != mask.size:
+            sizes = (f'{width}x{height}' for height, width in (image.size, mask.size))
+            differ.append(f'{name} ({" and ".join(sizes)})')
+        # If the sides were swapped, equal sizes tell that the mask was drawn as viewers show it.
+        if image.turned != mask.turned and (image.turned < 5 or image.size[0] == image.size[1]):
+            turned.append(name)
     if differ:
         raise config.UserMistake(
             f'{len(differ)} images and their masks differ in size: {first_few(differ)}: resize the '
             'masks by the nearest pixel'
         )
+    if lossy:
+        print(f'{lossy} masks are saved with loss, as JPEG: foreground from 128 up')
+    if turned:
+        print(f'{len(turned)} images are turned by EXIF and their masks are not, or otherwise: look '
+              f'at them by test_dataset.py: {first_few(turned)}')  # fmt: skip
 
 
-def check_mask_values(names: list[str]) -> None:
-    """Decode some masks; print how many hold one class alone; refuse them if all of them do."""
-    constant, seen = Counter(), set()
+def decode_masks(names: list[str]) -> dict[str, tuple]:
+    """Decode some masks; refuse them if all hold one class, or if their palettes contradict.
+
+    Returns: name -> the classes that its mask holds.
+    """
+    held, first, rule = {}, {}, mask_rule()
     decoded = names[:: max(1, len(names) // MASKS_DECODED)]
-    for name in tqdm(decoded, 'checking masks', disable=None, leave=False):
-        mask = masks.read_mask(files_of(name)[1], config.CLASSES, config.IGNORE_INDEX)
-        values = masks.values_in(mask)
-        seen.update(values)
-        constant.update(values if len(values) == 1 else [])
-    all_seen = decoded == names or config.IGNORE_INDEX in seen
-    if len(seen - {config.IGNORE_INDEX}) < 2 and all_seen:
+    for name, (_, file) in zip(
+        tqdm(decoded, 'masks', disable=None, leave=False), images.files_of(decoded)
+    ):
+        mask, palette = masks.read_with_palette(file, *rule)
+        held[name] = tuple(masks.values_in(mask))
+        for value, colour in palette.items():
+            same, other = first.setdefault(value, (colour, file))
+            # Objects of one class may have many colours, their background not.
+            if same != colour and (value == 0 or config.CLASSES > 2):
+                raise config.UserMistake(
+                    f'palettes differ: index {value} is {same} in {other} and {colour} in {file}: set '
+                    'MASK_COLOURS to go by the colours'
+                )
+    ignored = masks.ignored_value(config.IGNORE_INDEX)
+    seen = set().union(*held.values())
+    if len(seen - {ignored}) < 2 and (decoded == names or ignored in seen):
         raise config.UserMistake(
             f'MASK_PATH={config.MASK_PATH}: all masks hold {first_few(sorted(seen))} alone, which with '
             f'IGNORE_INDEX={config.IGNORE_INDEX} leaves nothing to learn: set another of the two'
         )
-    for value, count in sorted(constant.items()):
-        print(f'{count} of {len(decoded)} masks that were decoded hold class {value} alone')
+    return {name: tuple(v for v in values if v != ignored) for name, values in held.items()}
+
+
+def print_folds(table: pd.DataFrame, held: dict[str, tuple]) -> None:
+    """Print, per fold, images, groups and how many images hold each class; name what is missing."""
+    counts = table.groupby('kfold').agg(images=('img', 'size'), groups=('group', 'nunique'))
+    names = {value: f'class {value}' for value in range(config.CLASSES)}
+    names = {1: 'with object'} if config.CLASSES == 1 else names
+    for value, name in names.items():
+        has = table.img.map(lambda img, value=value: value in held.get(img, ()))
+        counts[name] = has.groupby(table.kfold).sum()
+    missing = [(fold, name) for name in counts for fold in counts.index[counts[name] == 0]]
+    counts.loc['all'] = counts.sum()
+    print(counts.to_string())
+    if len(held) < len(table):
+        print(f'the masks of {len(held)} images were decoded: classes are counted in them')
+    never = [name for name in counts if counts.loc['all', name] == 0]
+    if never:
+        print(f'no mask holds {first_few(never)}')
+    for fold, name in [pair for pair in missing if pair[1] not in never][:5]:
+        print(f'fold {fold} has no image with {name}: its score says nothing about it')
+    only = Counter(values[0] for values in held.values() if len(values) == 1)
+    for value, count in sorted(only.items()):
+        print(f'{count} of {len(held)} masks that were decoded hold class {value} alone')
+
+
+def mask_rule() -> tuple:
+    """The constants that decide how masks are read: arguments of masks.read_mask."""
+    return config.CLASSES, config.IGNORE_INDEX, config.MASK_COLOURS
 
 
 def empty_share(names: list[str]) -> float:
     """The share of masks without an object among some 50 of them; 0 with several classes."""
     if config.CLASSES > 1:
         return 0
-    mask_files = [files_of(name)[1] for name in names[:: max(1, len(names) // 50)]]
-    found = [(masks.read_mask(file, 1, config.IGNORE_INDEX) == 1).any() for file in mask_files]
+    pairs = images.files_of(names[:: max(1, len(names) // 50)])
+    found = [(masks.read_mask(mask, *mask_rule()) == 1).any() for _, mask in pairs]
     return 1 - sum(found) / len(found)
 
 
-def assign_folds(names: list[str]) -> pd.DataFrame:
-    """The table img,kfold,group: whole groups, shuffled by SEED, in N_FOLDS folds."""
+def assign_folds(names: list[str], held: dict[str, tuple]) -> pd.DataFrame:
+    """The table img,kfold,group: whole groups, drawn by SEED, in N_FOLDS folds that are alike in size
+    and in how many images hold each class (`held`, see decode_masks)."""
     groups = [group_of(name) for name in names]
     different = sorted(set(groups))
     if len(different) < config.N_FOLDS:
@@ -139,9 +181,20 @@ def assign_folds(names: list[str]) -> pd.DataFrame:
             'another GROUP_REGEX (None splits by image)'
         )
     table = pd.DataFrame({'img': names, 'kfold': -1, 'group': groups})
-    splitter = GroupKFold(config.N_FOLDS, shuffle=True, random_state=config.SEED)
-    for fold, (_, held_out) in enumerate(splitter.split(names, groups=groups)):
-        table.loc[held_out, 'kfold'] = fold
+    # Shares of the images, and of the images that hold each class, that a group brings to its fold.
+    classes = sorted(set().union(*held.values()))
+    holds = {value: [value in held.get(name, ()) for name in names] for value in classes}
+    shares = pd.DataFrame({'images': True, **holds}, table.index).groupby(table.group).sum()
+    shares = (shares / shares.sum()).sample(frac=1, random_state=config.SEED)
+    loads, fold_of = np.zeros((config.N_FOLDS, shares.shape[1])), {}
+    # The largest group first, each into the fold where the sum of the squared loads grows least.
+    for group, share in shares.loc[
+        shares.sum(axis=1).sort_values(kind='stable').index[::-1]
+    ].iterrows():
+        fold = np.lexsort((loads[:, 0], (loads @ share).round(9)))[0]
+        loads[fold] += share
+        fold_of[group] = fold
+    table['kfold'] = table.group.map(fold_of)
     return table
 
 

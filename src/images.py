@@ -1,40 +1,89 @@
-"""Image files: their names, headers and pixels."""
+"""Image files: pairs of image and mask, headers, pixels."""
 
-import io
 import os
-from collections import Counter
+import re
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
 import config
+from files import NothingFound, first_few, is_file, list_files, name_of, read_table
 
 # One thread per worker. Set it at import: changing it in a forked worker deadlocks OpenCV.
 cv2.setNumThreads(1)
+Image.MAX_IMAGE_PIXELS = None  # large scans are no attack; `opened` checks the memory instead
 
 # Pillow's modes of 8 bits per channel, or fewer.
 PLAIN_MODES = ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'RGBX', 'CMYK', 'YCbCr')
 # Last bytes of a complete file. If a file ends otherwise, only decoding can tell.
-ENDINGS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82', 'GIF': b';'}
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError)
+LAST_BYTES = {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82', 'GIF': b';'}
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, cv2.error)
 ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap width and height
 
 
-def list_files(folder: Path, suffix: str, constant: str) -> list[str]:
-    """Names, without the suffix, of a folder's files that end in it; there must be one."""
-    if not folder.is_dir():
-        raise config.UserMistake(f'{folder}: no such folder: set {constant} or INPUT')
-    files = sorted(file for file in os.listdir(folder) if not file.startswith('.'))
-    names = [file.removesuffix(suffix) for file in files if file.endswith(suffix)]
-    if not names:
-        endings = Counter(Path(file).suffix or 'no suffix' for file in files).most_common(4)
-        there = ', '.join(f'{count} {ending}' for ending, count in endings) or 'it is empty'
-        raise config.UserMistake(
-            f'{folder}: no file *{suffix}, but {there}: set {constant} or its suffix'
-        )
-    return names
+# ------------------------------------------------------------ pairs
+class Runs(NamedTuple):
+    """Run lengths of a table in place of a mask file; '' is an image without an object."""
+
+    image: Path
+    text: str
+
+
+def table_rows() -> list[tuple[str, str | None]]:
+    """(name, run lengths or None) of the rows of TRAIN_CSV."""
+    table = read_table(config.path(config.TRAIN_CSV), ['img'], 'fix or remove it')
+    names = [name_of(cell, 'TRAIN_PATH') or cell for cell in table.img]
+    return list(zip(names, table.get('rle_mask', [None] * len(names))))
+
+
+def files_of(names) -> list[tuple[Path, Path | Runs]]:
+    """The image file and the mask (see masks.read_mask) of each training image.
+
+    Raises config.UserMistake, with what to do, if one is missing.
+    """
+    image_files, mask_files, reason = list_files('TRAIN_PATH')[0], {}, ''
+    try:
+        mask_files = list_files('MASK_PATH')[0]
+    except NothingFound as nothing:
+        reason = f'{nothing}; '
+    if not set(names) <= set(mask_files):
+        runs = dict.fromkeys(names, '' if config.EMPTY_IF_NO_MASK else None)
+        runs |= dict(table_rows() if is_file(config.TRAIN_CSV) else [])
+        named = {
+            name: text for name, text in runs.items() if text is not None and name in image_files
+        }
+        mask_files = {
+            name: Runs(image_files[name], text) for name, text in named.items()
+        } | mask_files
+    for files, constant, remedy in (
+        (image_files, 'TRAIN_PATH', 'put them back, or take them out of TRAIN_CSV, and run folds.py'),
+        (mask_files, 'MASK_PATH', 'set MASK_SUFFIX or MASK_PREFIX as masks are named, move the images '
+         'away, or say EMPTY_IF_NO_MASK=True'),
+    ):  # fmt: skip
+        missing = [name for name in names if name not in files]
+        if missing:
+            what = 'image' if constant == 'TRAIN_PATH' else 'mask'
+            raise config.UserMistake(
+                f'{reason}{len(missing)} images have no {what} file in {constant}: '
+                f'{first_few(missing)}: {remedy}'
+            )
+    return [(image_files[name], mask_files[name]) for name in names]
+
+
+# ------------------------------------------------------------ headers
+class Header(NamedTuple):
+    """What is known of an image without its pixels.
+
+    size: (height, width) as viewers show it. turned: EXIF's orientation, 1 if none.
+    """
+
+    size: tuple[int, int]
+    turned: int
+    format: str
 
 
 def unreadable(file, error) -> config.UserMistake:
@@ -45,33 +94,70 @@ def unreadable(file, error) -> config.UserMistake:
     return config.UserMistake(f'{file}: not a readable image ({reason}): replace or remove it')
 
 
-def displayed_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) of an opened image as viewers show it, with its EXIF rotation applied."""
-    width, height = image.size
-    return (width, height) if image.getexif().get(ORIENTATION, 1) >= 5 else (height, width)
-
-
-def header(file) -> tuple[str, tuple[int, int]]:
-    """(Pillow's mode, (height, width) as displayed) of an image file that is not truncated."""
+@contextmanager
+def opened(file):
+    """Yield a Pillow image of one page that fits into memory; errors inside name the file."""
     try:
-        with Image.open(file) as image, Path(file).open('rb') as raw:
-            if image.format in ENDINGS:
-                raw.seek(-len(ENDINGS[image.format]), io.SEEK_END)
-                if raw.read() != ENDINGS[image.format]:
-                    image.load()
-            return image.mode, displayed_size(image)
+        # By a file object: by its name, Pillow 13 garbles uncompressed TIFFs that are turned.
+        with Path(file).open('rb') as raw, Image.open(raw) as image:
+            need = image.width * image.height * 4 / 1e9
+            if hasattr(os, 'sysconf'):
+                have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9
+                if need > have:
+                    raise config.UserMistake(
+                        f'{file}: its pixels take {need:.0f} GB, this machine has {have:.0f}: make '
+                        'it smaller'
+                    )
+            if image.format == 'TIFF' and image.n_frames > 1:
+                raise config.UserMistake(
+                    f'{file}: a TIFF of {image.n_frames} pages: save each as a file of its own'
+                )
+            yield image
+    except config.UserMistake:
+        raise
     except DECODING_ERRORS as error:
         raise unreadable(file, error) from None
 
 
-def check_mode(file, mode: str) -> None:
+def white(image: Image.Image) -> int:
+    """The value in an opened file that Pillow shows as white: 255 for 8 bits, 3 for 2 bits.
+
+    Pillow multiplies 2 and 4 bits to 0..255, and drops the lower half of 16-bit colours.
+    """
+    raw = image.tile[0][3] if image.tile else ''
+    raw, *rest = raw if isinstance(raw, tuple) else (raw,)
+    if image.format == 'PPM' and rest:
+        return rest[0]
+    bits = re.search(r';(\d+)', str(raw)) if image.format in ('PNG', 'TIFF') else None
+    return 2 ** int(bits[1]) - 1 if bits and image.mode not in ('1', 'P') else 255
+
+
+def check_bits(file, image: Image.Image) -> None:
     """Raise config.UserMistake for pixels that do not fit into 8 bits per channel."""
-    if mode not in PLAIN_MODES:
+    if image.mode not in PLAIN_MODES or white(image) > 255:
         raise config.UserMistake(
-            f'{file}: {mode} pixels have more than 8 bits: save the range that holds the picture in 8'
+            f'{file}: {image.mode} pixels of more than 8 bits: save the range that holds the picture '
+            'in 8'
         )
 
 
+def header(file, check=lambda file, image: None) -> Header:
+    """The Header of an image file that is not truncated and passes a check."""
+    with opened(file) as image:
+        check(file, image)
+        turned = image.getexif().get(ORIENTATION, 1)
+        # Pillow opens a TIFF with its sides already swapped.
+        swapped = turned >= 5 and image.format != 'TIFF'
+        size = image.size if swapped else image.size[::-1]
+        with Path(file).open('rb') as raw:
+            last = LAST_BYTES.get(image.format)
+            raw.seek(-len(last or '.'), os.SEEK_END)
+            if raw.read() != last:
+                image.load()
+        return Header(size, turned, image.format)
+
+
+# ------------------------------------------------------------ pixels
 def read_image(file, channels: int = 3, size: tuple[int, int] | None = None) -> np.ndarray:
     """Decode an image file as viewers show it: EXIF rotation applied, alpha left out.
 
@@ -83,32 +169,41 @@ def read_image(file, channels: int = 3, size: tuple[int, int] | None = None) -> 
 
     Raises config.UserMistake if the file is missing, truncated, no image, or has 16 bits.
     """
-    try:
-        data = Path(file).read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            check_mode(file, image.mode)
-            # OpenCV decodes JPEGs fastest, but fills the missing part of a truncated one with grey.
-            complete = data.endswith(ENDINGS['JPEG'])
-            if image.format == 'JPEG' and image.mode in ('RGB', 'L') and complete:
-                pixels = decode_jpeg(data, channels, displayed_size(image), size)
-            else:
-                image = ImageOps.exif_transpose(image).convert('RGB' if channels == 3 else 'L')
-                pixels = np.array(image)
-    except config.UserMistake:
-        raise
-    except DECODING_ERRORS as error:
-        raise unreadable(file, error) from None
+    with opened(file) as image:
+        check_bits(file, image)
+        data = Path(file).read_bytes() if image.format == 'JPEG' else b''
+        # OpenCV decodes JPEGs fastest, but fills the missing part of a truncated one with grey.
+        if data.endswith(LAST_BYTES['JPEG']) and image.mode in ('RGB', 'L'):
+            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            own_size = image.size if turned else image.size[::-1]
+            pixels = decode_jpeg(data, channels, own_size, size)
+        else:
+            ImageOps.exif_transpose(image, in_place=True)
+            pixels = np.array(image.convert('RGB' if channels == 3 else 'L'))
     if size is not None:
-        pixels = cv2.resize(pixels, size[::-1])  # bilinear
+        pixels = resize(pixels, size)
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def decode_jpeg(data: bytes, channels: int, own_size: tuple, size: tuple | None) -> np.ndarray:
-    """The pixels of a JPEG by OpenCV, at 1/8, 1/4 or 1/2 of its size if that covers `size`."""
-    fits = (n for n in (8, 4, 2) if size and all(a // n >= b for a, b in zip(own_size, size)))
+    """The pixels of a JPEG by OpenCV, at 1/8, 1/4 or 1/2 of its size if that covers `size`.
+
+    Only where it divides the sides: else the picture would be shifted against its mask.
+    """
+    fits = (
+        n
+        for n in (8, 4, 2)
+        if size and all(a % n == 0 and a // n >= b for a, b in zip(own_size, size))
+    )
     divisor, kind = next(fits, 1), 'COLOR' if channels == 3 else 'GRAYSCALE'
     flag = f'IMREAD_REDUCED_{kind}_{divisor}' if divisor > 1 else f'IMREAD_{kind}'
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), getattr(cv2, flag))
     if pixels is None:
         raise ValueError('its JPEG data are damaged')
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if channels == 3 else pixels
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize to (height, width): the mean of an area where a side shrinks, bilinear where it grows."""
+    smaller = np.minimum(pixels.shape[:2], size).tolist()
+    return cv2.resize(cv2.resize(pixels, smaller[::-1], interpolation=cv2.INTER_AREA), size[::-1])

@@ -1,22 +1,32 @@
 """Mask files, read into class indices by one rule; Kaggle's run-length encoding."""
 
+from pathlib import Path
+
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 import config
 import images
 from files import first_few
 
+LOSSY = ('JPEG', 'MPO', 'WEBP', 'JPEG2000')  # formats that blur a mask's values
 
-def read_mask(file, classes: int = 1, ignore_index: int | None = None, size=None) -> np.ndarray:
-    """Decode a mask file into class indices, by one rule:
+
+def read_mask(
+    file: Path | images.Runs, classes=1, ignore_index=None, colours=None, size=None
+) -> np.ndarray:
+    """Decode a mask, turned as viewers show it, into class indices, by one rule:
 
     - The values are those stored: grey levels, 1-bit values, or palette indices. With one class
-      (or two), a palette's black and white alone are 0 and 1; a GIF's palette of greys stands for
-      them. RGB(A) must be grey; alpha is left out.
-    - Values equal to `ignore_index` stay as they are.
-    - With one class (or two) 0 is background and 1 or 255 (65535 in 16 bits) foreground.
+      (or two), black is background wherever a palette has it; a GIF's palette of greys stands for
+      them. RGB(A) must be grey. Alpha is left out, unless it alone holds the picture.
+    - With `colours`, one (r, g, b) per class (background and foreground for one class), a pixel's
+      class is that of its colour.
+    - Values equal to `ignore_index`, and with it colours that are not listed, become
+      `ignored_value`.
+    - With one class (or two) 0 is background and 1 or 255 (65535 in 16 bits) foreground. In a JPEG,
+      whose values must gather at both ends, it is 128 and above.
     - With more, values are class indices from 0 to classes - 1.
 
     Args:
@@ -26,60 +36,144 @@ def read_mask(file, classes: int = 1, ignore_index: int | None = None, size=None
 
     Raises config.UserMistake for anything else, naming the file and its values.
     """
-    try:
-        with Image.open(file) as image:
-            pixels = stored_values(image, classes, size)
-    except images.DECODING_ERRORS as error:
-        raise images.unreadable(file, error) from None
-    if pixels is None:
-        raise config.UserMistake(
-            f'{file}: a coloured mask: save it as a grey or palette PNG, one value per class'
-        )
-    values = {value for value in values_in(pixels) if value != ignore_index}
-    legal = [{0, 1}, {0, 255}] if classes <= 2 else [set(range(classes))]
-    if not any(values <= allowed for allowed in legal):
-        wrong = sorted(values if classes <= 2 else values - legal[0])
+    return read_with_palette(file, classes, ignore_index, colours, size)[0]
+
+
+def read_with_palette(file, classes, ignore_index, colours, size=None) -> tuple[np.ndarray, dict]:
+    """What read_mask returns, and the colour of each class if a palette decided by its indices."""
+    if isinstance(file, images.Runs):
+        try:
+            values = rle_decode(file.text, images.header(file.image).size)
+        except ValueError as error:
+            raise config.UserMistake(f'{file.image}: rle_mask in TRAIN_CSV: {error}') from None
+        return nearest(values, size), {}
+    palette = {}
+    with images.opened(file) as image:
+        if colours:
+            values = values_of_colours(file, image, colours, ignore_index, size)
+        else:
+            values, palette = stored_values(file, image, classes, ignore_index, size)
+    present = {value for value in values_in(values) if value != ignore_index}
+    tops = (1, 255, 65535) if classes <= 2 else ()
+    legal = [{0, top} for top in tops] or [set(range(classes))]
+    if not any(present <= allowed for allowed in legal):
+        wrong = sorted(present if classes <= 2 else present - legal[0])
         takes = '0 and 1, or 0 and 255' if classes <= 2 else f'0 to {classes - 1}'
         raise config.UserMistake(
             f'{file}: mask values {first_few(wrong, 8)}; CLASSES={classes} takes {takes}, and '
             f'IGNORE_INDEX={ignore_index}: set them, or make masks anew that were resized smoothly or '
             'saved as JPEG'
         )
-    if classes <= 2 and 255 in values:
-        pixels[pixels == 255] = 1
-    return pixels
+    mask = (values > 0 if classes <= 2 else values).astype(np.uint8)
+    if ignore_index is not None:
+        mask[values == ignore_index] = ignored_value(ignore_index)
+    return mask, palette
 
 
-def stored_values(image: Image.Image, classes: int, size: tuple | None) -> np.ndarray | None:
-    """The uint8 values (height, width) that a mask holds, see read_mask; None if it is coloured."""
+def ignored_value(ignore_index: int | None) -> int | None:
+    """What stands for IGNORE_INDEX in a mask of 8 bits: itself, or 255, which is never a class."""
+    return ignore_index if ignore_index is None or 0 <= ignore_index <= 255 else 255
+
+
+def stored_values(file, image: Image.Image, classes: int, ignore_index, size) -> tuple:
+    """The values (height, width) that a mask holds, and value -> colour of palette indices."""
+    form, white = image.format, images.white(image)
+    signed = form == 'TIFF' and image.tag_v2.get(339) == (2,)  # SampleFormat
+    ImageOps.exif_transpose(image, in_place=True)
+    palette = np.array(image.getpalette('RGB') or [], np.uint8).reshape(-1, 3)
+    if image.mode in ('LA', 'PA', 'RGBA'):
+        *visible, (lowest, _) = image.convert('RGBA').getextrema()
+        constant = all(low == high for low, high in visible)
+        image = image.getchannel('A') if constant and lowest < 255 else image.convert('RGB')
     if image.mode not in ('1', 'L', 'P', 'RGB', 'I', 'F'):
-        mode = 'I' if image.mode.startswith('I;16') else 'L' if image.mode == 'LA' else 'RGB'
-        image = image.convert(mode)
-    stored = np.array(image)
-    if size is not None:  # before palettes are looked up: that takes its time
-        stored = cv2.resize(stored, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+        image = image.convert('I' if image.mode.startswith('I;16') else 'RGB')
+    if image.mode == 'RGB' and white > 255:
+        raise config.UserMistake(f'{file}: colours of 16 bits: save it in 8 bits per channel')
+    if form in LOSSY and classes <= 2:
+        values = np.array(image.convert('L'))
+        between = cv2.calcHist([values], [0], None, [256], [0, 256])[64:192].sum() / values.size
+        if between > 0.02:
+            raise config.UserMistake(
+                f'{file}: {between:.0%} of the mask values, blurred by {form}, lie from 64 to 191: save '
+                'masks as PNG, 0 and 255'
+            )
+        return nearest((values >= 128).view(np.uint8), size), {}
+    values = nearest(np.array(image), size)  # before palettes are looked up: that takes its time
     if image.mode == 'P':
-        colours = np.array(image.getpalette('RGB'), np.uint8).reshape(-1, 3)
-        colours = np.pad(colours, ((0, 256 - len(colours)), (0, 0)))
-        used = colours[values_in(stored)]
-        if classes <= 2 and np.isin(used.sum(1, dtype=int), (0, 3 * 255)).all():
-            return cv2.LUT(stored, (colours[:, 0] > 0).astype(np.uint8))
-        # GIF knows no grey images: what was saved as one comes back as a palette of greys.
-        grey = image.format == 'GIF' and (colours == colours[:, :1]).all()
-        return cv2.LUT(stored, colours[:, 0].copy()) if grey else stored
+        return palette_values(values, palette, classes, ignore_index, form)
     if image.mode == 'RGB':
-        red, green, blue = cv2.split(stored)
-        return red if np.array_equal(red, green) and np.array_equal(red, blue) else None
-    if image.mode in ('I', 'F'):
-        stored[stored == 65535] = 255
-        if image.mode == 'F' or stored.max() > 255:
-            raise ValueError(f'mask values up to {stored.max()}, more than 8 bits')
-    return stored.astype(np.uint8, copy=False)
+        red, green, blue = cv2.split(values)
+        if not (np.array_equal(red, green) and np.array_equal(red, blue)):
+            found = np.unique(values.reshape(-1, 3), axis=0)
+            raise config.UserMistake(
+                f'{file}: a coloured mask, {first_few([tuple(c) for c in found.tolist()], 3)}: set '
+                'MASK_COLOURS, or save a grey or palette PNG, one value per class'
+            )
+        values = red
+    if image.mode == 'F':
+        if not np.array_equal(values, np.floor(values)):
+            fraction = values[values != np.floor(values)][0]
+            raise config.UserMistake(f'{file}: mask values are fractions, such as {fraction:.3g}')
+        values = values.astype(np.int64)
+    if image.mode == '1':
+        values = values.astype(np.uint8)
+    if image.mode == 'L' and signed:
+        values = values.view(np.int8)
+    if white < 255 or form == 'PPM':  # undo Pillow's scaling
+        values = np.rint(values * (white / (65535 if image.mode == 'I' else 255))).astype(int)
+    return values, {}
+
+
+def palette_values(values, palette, classes: int, ignore_index, form) -> tuple[np.ndarray, dict]:
+    """Class indices, uint8, and value -> colour, from palette indices (see read_mask)."""
+    palette = np.pad(palette, ((0, 256 - len(palette)), (0, 0)))
+    used = [value for value in values_in(values) if value != ignore_index]
+    black = [value for value in range(256) if not palette[value].any()]
+    colours = {tuple(palette[value].tolist()) for value in used}
+    decides = (0, 0, 0) in colours or colours == {(255, 255, 255)}
+    if classes <= 2 and decides and len(colours - {(0, 0, 0)}) < 2:
+        table = np.ones(256, np.uint8)
+        table[black] = 0
+        if ignore_index in range(256):
+            table[ignore_index] = ignore_index
+        return cv2.LUT(values, table), {0: (0, 0, 0)}
+    # GIF knows no grey images: what was saved as one comes back as a palette of greys.
+    if form == 'GIF' and (palette == palette[:, :1]).all():
+        return cv2.LUT(values, palette[:, 0].copy()), {}
+    return values, {value: tuple(palette[value].tolist()) for value in used}
+
+
+def values_of_colours(file, image: Image.Image, colours, ignore_index, size) -> np.ndarray:
+    """Class indices (height, width), int32, from colours, one per class."""
+    ImageOps.exif_transpose(image, in_place=True)
+    channels = nearest(np.array(image.convert('RGB')), size).astype(np.int32)
+    codes = channels @ [65536, 256, 1]
+    values = np.full(codes.shape, -1, np.int32)
+    for index, (red, green, blue) in enumerate(colours):
+        values[codes == 65536 * red + 256 * green + blue] = index
+    other = values == -1
+    if other.any() and ignore_index is None:
+        found = np.unique(channels[other], axis=0).tolist()
+        raise config.UserMistake(
+            f'{file}: colours that MASK_COLOURS does not list: '
+            f'{first_few([tuple(c) for c in found], 3)}: add them, or set IGNORE_INDEX to leave them out'
+        )
+    values[other] = -1 if ignore_index is None else ignore_index
+    return values
+
+
+def nearest(values: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """Resized to (height, width) by the nearest pixel."""
+    if size is None:
+        return values
+    return cv2.resize(values, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
 
 
 def values_in(pixels: np.ndarray) -> list[int]:
-    """The different values of a uint8 array."""
-    return np.flatnonzero(cv2.calcHist([pixels], [0], None, [256], [0, 256])).tolist()
+    """The different values of an array of whole numbers."""
+    if pixels.dtype == np.uint8:
+        return np.flatnonzero(cv2.calcHist([pixels], [0], None, [256], [0, 256])).tolist()
+    return np.unique(pixels).tolist()
 
 
 def rle_encode(mask: np.ndarray) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BasePredictionWriter
+from pytorch_lightning.utilities import rank_zero_only
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -34,15 +35,17 @@ def list_test_files() -> list[Path]:
     Raises:
         config.UserMistake: for an image that cannot be read.
     """
-    folder, suffix = config.path(config.TEST_PATH), config.IMAGE_SUFFIX
     try:
-        names = images.list_files(folder, suffix, 'TEST_PATH')
-    except config.UserMistake as mistake:
-        runtime.print_once(f'{mistake}; nothing to predict')
+        found, others = files.list_files('TEST_PATH')
+    except files.NothingFound as nothing:
+        runtime.print_once(f'{nothing}; nothing to predict')
         return []
+    if rank_zero_only.rank == 0:
+        files.tell_others('TEST_PATH', others, 'not predicted')
+    folder, names = config.TEST_PATH, list(found)
     if files.is_file(config.TEST_CSV):
         table = files.read_table(config.path(config.TEST_CSV), ['img'], 'fix or remove it')
-        asked = [name.removesuffix(suffix) for name in table.img.drop_duplicates()]
+        asked = [files.name_of(cell, 'TEST_PATH') or cell for cell in table.img.drop_duplicates()]
         missing, extra = sorted(set(asked) - set(names)), sorted(set(names) - set(asked))
         if len(missing) == len(asked):
             runtime.print_once(f'{config.TEST_CSV} lists no image of {folder}: all are predicted')
@@ -52,29 +55,30 @@ def list_test_files() -> list[Path]:
                 if left_out:
                     shown = files.first_few(left_out)
                     runtime.print_once(f'{len(left_out)} test images {what}, left out: {shown}')
-    paths = [folder / (name + suffix) for name in names]
+    paths = [found[name] for name in names]
     for file in tqdm(paths, 'checking headers', disable=None, leave=False):
-        images.check_mode(file, images.header(file)[0])
+        images.header(file, images.check_bits)
     return paths
 
 
 class ImageBatches(Dataset):
     """Image files in batches of VAL_BATCH_SIZE, each image read once.
 
-    Items are whole batches: {'image': uint8 (N, channels, H, W), 'img': file names, 'shape': the
-    images' own (height, width)}; with mask files also 'mask': a list of uint8 (height, width).
+    Items are whole batches: {'image': uint8 (N, channels, H, W), 'img': paths, from TEST_PATH where the
+    file is in it, 'shape': the images' own (height, width)}; with mask files also 'mask': a list of
+    uint8 (height, width).
 
     Args:
         image_files: files of images of any size.
         input_size: (height, width, channels) of the model's input.
         mask_files: the mask of each image, or none.
-        classes, ignore_index: how masks are read, see masks.read_mask.
+        mask_rule: how masks are read: arguments of masks.read_mask.
     """
 
-    def __init__(self, image_files, input_size, mask_files=(), classes=1, ignore_index=None):
+    def __init__(self, image_files, input_size, mask_files=(), mask_rule=()):
         self.image_files, self.mask_files = list(image_files), list(mask_files)
-        self.input_size, self.mask_rule = input_size, (classes, ignore_index)
-        self.batch_size = config.VAL_BATCH_SIZE
+        self.input_size, self.mask_rule = input_size, mask_rule
+        self.batch_size, self.folder = config.VAL_BATCH_SIZE, config.path(config.TEST_PATH)
 
     def __len__(self) -> int:
         return -(-len(self.image_files) // self.batch_size)
@@ -85,8 +89,8 @@ class ImageBatches(Dataset):
         pixels = np.stack([images.read_image(file, channels, size) for file in image_files])
         batch = {
             'image': torch.from_numpy(pixels).permute(0, 3, 1, 2),  # channels-last in memory
-            'img': [file.name for file in image_files],
-            'shape': [images.header(file)[1] for file in image_files],
+            'img': [files.relative(file, self.folder) for file in image_files],
+            'shape': [images.header(file).size for file in image_files],
         }
         if self.mask_files:
             batch['mask'] = []
@@ -109,7 +113,7 @@ class Predictor(pl.LightningModule):
     def __init__(self, models: list, thresholds: list[float], tta: bool = False):
         super().__init__()
         self.models, self.tta = torch.nn.ModuleList(models), tta
-        self.ignore_index = models[0].hparams.IGNORE_INDEX if models else None
+        self.ignore_index = models[0].ignored if models else None
         self.register_buffer('thresholds', torch.tensor(thresholds), persistent=False)
 
     def probabilities(self, x: torch.Tensor) -> torch.Tensor:
@@ -211,7 +215,9 @@ class SubmissionWriter(BasePredictionWriter):
         for name, mask in zip(batch.get('img', ()), results):
             if self.mask_folder is not None:
                 png = cv2.imencode('.png', mask * np.uint8(self.scale))[1]
-                with files.atomic_write(self.mask_folder / f'{Path(name).stem}.png') as temporary:
+                with files.atomic_write(
+                    self.mask_folder / Path(name).with_suffix('.png')
+                ) as temporary:
                     temporary.write_bytes(png)
             rows.writerow([name, masks.rle_encode(mask)])
         with self.part.open('a', encoding='utf-8', newline='') as file:

@@ -213,7 +213,7 @@ def test_a_killed_run_on_other_images_is_not_resumed(model, tmp_path):
 
 def test_what_is_not_predicted_is_told(model, tmp_path, capsys):
     (tmp_path / 'test/a.jpg').write_bytes(b'')
-    but = 'no file *.png, but 1 .jpg: set TEST_PATH or its suffix'
+    but = 'no file *.png, but 1 .jpg: set TEST_PATH or TEST_SUFFIX'
     for folder, told in (('test', but), ('x', 'no such folder: set TEST_PATH or INPUT')):
         config.TEST_PATH = str(tmp_path / folder)
         predict({0: model})
