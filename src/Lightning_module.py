@@ -77,6 +77,10 @@ class CarvanaModel(pl.LightningModule):
         images = (images.float() - self.MODEL_MEAN) / self.MODEL_STD
         return self.model(images.contiguous(memory_format=torch.channels_last))
 
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits, float32 (N, CLASSES, H, W), of 8-bit images of any size."""
+        return metrics.predict_windows(self, images, self.input_size[:2], config.VAL_BATCH_SIZE)
+
     # ------------------------------------------------------------ training
     def configure_optimizers(self):
         optimizer, name = optimizers.build_optimizer(self), self.hparams.SCHEDULE
@@ -167,7 +171,7 @@ class CarvanaModel(pl.LightningModule):
 
     def validation_step(self, batch: dict, batch_index: int) -> torch.Tensor:
         """Returns the predicted class indices, uint8 (N, H, W)."""
-        logits = self(batch['image'])
+        logits = self.predict(batch['image'])
         prediction = metrics.decide(metrics.activate(logits))
         counts = metrics.count(prediction, batch['mask'], self.hparams.CLASSES, self.ignored)
         rows = torch.tensor([self.row[name] for name in batch['img']], device=self.device)
@@ -204,6 +208,7 @@ class CarvanaModel(pl.LightningModule):
             _mean=self.hparams.MODEL_MEAN,
             _std=self.hparams.MODEL_STD,
             _input_size=self.input_size[:2],
+            _scale=self.hparams.SCALE,
             _classes=self.hparams.CLASSES,
             _threshold=threshold,
         )
@@ -232,7 +237,9 @@ class CarvanaModel(pl.LightningModule):
     def val_dataloader(self) -> DataLoader:
         data = dataset.CarvanaDataset(self.hparams.val_folds, train=False)
         sampler = DistributedSampler(data, *self.ranks(), shuffle=False)
-        return self.build_loader(sampler, self.hparams.VAL_BATCH_SIZE)
+        # With SCALE, images have sizes of their own.
+        batch_size = self.hparams.VAL_BATCH_SIZE if self.hparams.SCALE is None else 1
+        return self.build_loader(sampler, batch_size)
 
     def ranks(self) -> tuple[int, int]:
         """(number of processes, this one's rank); (1, 0) without a Trainer."""

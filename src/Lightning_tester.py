@@ -170,9 +170,7 @@ def why_not_scored(models: dict[int, CarvanaModel]) -> str:
 def image_batches(names, model: CarvanaModel, scored: bool = False) -> predictor.ImageBatches:
     """Training images, with their masks if they are to be scored, as a model takes them."""
     image_files, mask_files = zip(*images.files_of(names))
-    return predictor.ImageBatches(
-        image_files, model.input_size, mask_files * scored, model.mask_rule
-    )
+    return predictor.ImageBatches(image_files, model, mask_files * scored)
 
 
 def print_scores(table: pd.DataFrame, note: str) -> None:
@@ -185,11 +183,8 @@ def print_scores(table: pd.DataFrame, note: str) -> None:
     print(f"out of fold, at the images' own size{note}")
     print(scores.to_string(float_format='%.4f'))
     print('worst')
-    print(
-        table.nsmallest(10, 'dice')[['dice', 'img']].to_string(
-            index=False, header=False, float_format='%.4f'
-        )
-    )
+    worst = table.nsmallest(10, 'dice')[['dice', 'img']]
+    print(worst.to_string(index=False, header=False, float_format='%.4f'))
 
 
 def print_classes(counts: torch.Tensor) -> None:
@@ -212,8 +207,9 @@ def draw_out_of_fold(table: pd.DataFrame, models: dict, threshold: float) -> Non
     for row in pd.concat(rows).itertuples():
         # Predict its whole batch again: the same batch gives the mask that was scored.
         names = table.img[table.kfold == row.kfold].tolist()
-        number, place = divmod(names.index(row.img), config.VAL_BATCH_SIZE)
-        batch = Subset(image_batches(names, models[row.kfold]), [number])
+        batches = image_batches(names, models[row.kfold])
+        number, place = divmod(names.index(row.img), batches.batch_size)
+        batch = Subset(batches, [number])
         runner = predictor.Predictor([models[row.kfold]], [threshold], config.TTA)
         mask = predictor.predict(runner, batch)[place]
         ((image_file, mask_file),) = images.files_of([row.img])
@@ -243,7 +239,7 @@ def predict_test(models: dict[int, CarvanaModel], threshold: float, test_files: 
     checkpoints = files.read_models().checkpoint if config.PATH is None else [config.PATH]
     stats = [(str(c), config.path(c).stat().st_mtime_ns) for c in checkpoints]
     runner = predictor.Predictor(list(models.values()), [threshold], config.TTA)
-    batches = predictor.ImageBatches(test_files, first.input_size)
+    batches = predictor.ImageBatches(test_files, first)
     if not predictor.write_submission(runner, batches, [stats, config.FOLDS], mask_folder):
         return
     samples, rows = {}, pd.read_csv(output / 'submission.csv', nrows=8)

@@ -124,14 +124,17 @@ def fit(fold: int, run: callbacks.Run | None) -> None:
         model.model, config.MODEL_NAME, config.TRAIN_BATCH_SIZE, config.INPUT_SHAPE
     )
     trainer, log = make_trainer(fold, run)
-    per_device = math.ceil((table.kfold != fold).sum() / trainer.world_size)
+    items = (table.kfold != fold).sum()
+    if config.SCALE is not None:
+        items = len(dataset.CarvanaDataset(others, train=True))
+    per_device = math.ceil(items / trainer.world_size)
     if per_device < config.TRAIN_BATCH_SIZE:
         raise config.UserMistake(
             f'TRAIN_BATCH_SIZE={config.TRAIN_BATCH_SIZE} is more than the {per_device} training images '
             f'that fold {fold} has per device: set at most {per_device}'
         )
     if trainer.is_global_zero:
-        print_start(fold, table, model, trainer)
+        print_start(fold, table, items, model, trainer)
         if run:
             done = len(run.log['history'])
             print(f'resumes   after epoch {done} of {config.EPOCHS}', flush=True)
@@ -181,14 +184,14 @@ def make_trainer(fold: int, run: callbacks.Run | None) -> tuple[pl.Trainer, call
     return trainer, log
 
 
-def print_start(fold: int, table: pd.DataFrame, model: CarvanaModel, trainer: pl.Trainer) -> None:
-    """Print what is about to be trained, on what, and how."""
+def print_start(fold: int, table: pd.DataFrame, items: int, model, trainer: pl.Trainer) -> None:
+    """Print what is about to be trained, on how many images or crops (`items`), and how."""
     parts = {'trains on': table.kfold != fold, 'validates on': table.kfold == fold}
     images = (
         f'{what} {rows.sum()} images of {table.group[rows].nunique()} groups'
         for what, rows in parts.items()
     )
-    batches = math.ceil(parts['trains on'].sum() / (config.TRAIN_BATCH_SIZE * trainer.world_size))
+    batches = math.ceil(items / (config.TRAIN_BATCH_SIZE * trainer.world_size))
     steps = math.ceil(batches / config.ACCUMULATE_GRAD_BATCHES)
     parameters = sum(p.numel() for p in model.model.parameters()) / 1e6
     lines = {

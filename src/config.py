@@ -44,7 +44,10 @@ TEST_SUFFIX: str | list = IMAGE_SUFFIX  # of the images to predict
 EMPTY_IF_NO_MASK: bool = False  # an image without a mask file holds no object
 
 # ---------------------------------------------------------------- image
-CROP_SIZE: int | tuple = 1024  # pixels each image is resized to: a side, or (height, width)
+CROP_SIZE: int | tuple = 1024  # pixels that the model is fed: a side, or (height, width)
+# None: whole images are resized to CROP_SIZE. A number: images are scaled by it (1.0: not at all), cut
+# into random crops of CROP_SIZE for training, and predicted by windows of it.
+SCALE: float | None = None
 CHANNELS: int = 3  # 3 = RGB, 1 = grey
 CLASSES: int = 1  # 1 = binary (sigmoid, masks 0/1), N = multi-class (softmax, masks 0..N-1)
 INPUT_SHAPE: tuple = (CHANNELS, *pair(CROP_SIZE))  # follows from the two above

@@ -83,25 +83,20 @@ def seed_augmentation(augment: A.Compose, text: str) -> None:
         transform.set_random_seed(zlib.crc32(f'{text} {position}'.encode()))
 
 
-def read_pair(image_file: Path, mask_file: Path | images.Runs, size, channels, *mask_rule) -> tuple:
-    """An image, uint8 (H, W, channels), and its mask, uint8 (H, W), both resized to `size`."""
-    image = images.read_image(image_file, channels, size)
-    return image, masks.read_mask(mask_file, *mask_rule, size)
-
-
 def read_settings() -> tuple:
     """The constants that decide how pairs are read: the last arguments of read_pair."""
-    return config.crop_size(), config.CHANNELS, *fold_table.mask_rule()
+    return config.CHANNELS, *fold_table.mask_rule()
 
 
 class CarvanaDataset(Dataset):
-    """The images of some folds with their masks, resized to CROP_SIZE.
+    """The images of some folds with their masks, resized to CROP_SIZE; or, with SCALE, random crops of
+    CROP_SIZE for training, as many of an image as tiles fit into it, and whole images otherwise.
 
     Items: {'image': uint8 (CHANNELS, H, W), 'mask': uint8 (H, W) of class indices, 'img': name}.
 
-    An augmented item depends on (SEED, epoch, name) alone, whichever worker makes it. Ask for
-    (epoch, index), as EpochSampler does, to give the epoch. For a plain index it is the number of
-    times that this index was asked for, counted in memory that all workers share.
+    An augmented item depends on (SEED, epoch, name, number of its crop) alone, whichever worker makes
+    it. Ask for (epoch, index), as EpochSampler does, to give the epoch. For a plain index it is the
+    number of times that this index was asked for, counted in memory that all workers share.
 
     Args:
         folds: values of kfold in TRAIN_FOLDS.
@@ -113,26 +108,37 @@ class CarvanaDataset(Dataset):
         # Kept here: a spawned worker imports config.py anew, without command line arguments.
         self.files = images.files_of(self.names)
         self.seed, self.settings = config.SEED, read_settings()
+        self.sizes = images.sizes_of([image for image, _ in self.files])
         augmentation = build_augmentation(config.AUGMENTATION, config.CHANNELS)
         self.augment = augmentation if (len(folds) > 1 if train is None else train) else None
+        self.crop = config.crop_size() if self.augment and config.SCALE is not None else None
+        tiles = [round(h * w / np.prod(self.crop)) if self.crop else 1 for h, w in self.sizes]
+        self.crops = [(row, n) for row, count in enumerate(tiles) for n in range(max(1, count))]
+        self.ignored = masks.ignored_value(config.IGNORE_INDEX)
         self.visits = torch.zeros(len(self), dtype=torch.int32).share_memory_()
         self.cache = open_cache() if config.CACHE else None
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.crops)
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict:
         if not isinstance(item, tuple):
             item = int(self.visits[item]), item
             self.visits[item[1]] += 1
-        epoch, index = item
+        epoch, (index, number) = item[0], self.crops[item[1]]
         name = self.names[index]
         if self.cache is None:
-            image, mask = read_pair(*self.files[index], *self.settings)
+            image, mask = masks.read_pair(*self.files[index], self.sizes[index], *self.settings)
         else:
             image, mask = self.cache.load(name)
+        text = f'{self.seed} {epoch} {name}' + f' {number}' * (number > 0)
+        if self.crop:
+            rng = np.random.default_rng(zlib.crc32(text.encode()))
+            image, mask = images.random_crop(image, mask, self.crop, rng, self.ignored)
+        elif self.cache is not None:
+            image, mask = image.copy(), mask.copy()
         if self.augment is not None:
-            seed_augmentation(self.augment, f'{self.seed} {epoch} {name}')
+            seed_augmentation(self.augment, text)
             augmented = self.augment(image=image, mask=mask)
             image, mask = augmented['image'], augmented['mask']
         return {
@@ -166,13 +172,15 @@ def collate(items: list[dict]) -> dict:
 class Cache:
     """Decoded, resized pairs on disk, mapped into memory that all workers and folds share.
 
-    Its folder has images.npy, uint8 (N, H, W, CHANNELS), and masks.npy, uint8 (N, H, W), in the
-    order of TRAIN_FOLDS.
+    Its folder has sizes.npy, int64 (N, 2), and the pixels of all images and masks in a row, uint8,
+    images.npy and masks.npy, in the order of TRAIN_FOLDS.
     """
 
     def __init__(self, folder: Path, names: list[str]):
         self.folder = folder
         self.row = {name: row for row, name in enumerate(names)}
+        self.sizes = np.load(folder / 'sizes.npy')
+        self.starts = np.cumsum([0, *self.sizes.prod(1)])
         self.images = np.load(folder / 'images.npy', mmap_mode='r')
         self.masks = np.load(folder / 'masks.npy', mmap_mode='r')
 
@@ -180,9 +188,10 @@ class Cache:
         return Cache, (self.folder, list(self.row))  # a spawned worker maps the files itself
 
     def load(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A copy of an image (H, W, CHANNELS) and its mask (H, W), uint8."""
+        """An image (H, W, CHANNELS) and its mask (H, W), uint8, which cannot be written to."""
         row = self.row[name]
-        return self.images[row].copy(), self.masks[row].copy()
+        pixels, size = slice(self.starts[row], self.starts[row + 1]), self.sizes[row]
+        return self.images[pixels].reshape(*size, -1), self.masks[pixels].reshape(size)
 
 
 def open_cache() -> Cache:
@@ -197,7 +206,7 @@ def open_cache() -> Cache:
 
 def cache_key(names: list[str]) -> str:
     """Digest of everything that the arrays depend on: a cache is right, or it is not found."""
-    state = [READING, *read_settings()]
+    state = [READING, config.crop_size(), config.SCALE, *read_settings()]
     for file in (file for pair in images.files_of(names) for file in pair):
         if isinstance(file, images.Runs):
             state.append(file.text)
@@ -212,8 +221,10 @@ def build_cache(folder: Path, names: list[str]) -> None:
     temporary = folder.with_name(f'{folder.name}.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    shape = (len(names), *config.crop_size())
-    need = np.prod(shape, dtype=np.int64) * (config.CHANNELS + 1)
+    pairs = images.files_of(names)
+    sizes = np.array(images.sizes_of([image for image, _ in pairs]))
+    starts = np.cumsum([0, *sizes.prod(1)]).tolist()
+    need = starts[-1] * (config.CHANNELS + 1)
     free = shutil.disk_usage(temporary).free
     if need > 0.95 * free:
         raise config.UserMistake(
@@ -222,20 +233,21 @@ def build_cache(folder: Path, names: list[str]) -> None:
         )
     try:
         new_array = partial(np.lib.format.open_memmap, mode='w+', dtype=np.uint8)
-        image_rows = new_array(temporary / 'images.npy', shape=(*shape, config.CHANNELS))
-        mask_rows = new_array(temporary / 'masks.npy', shape=shape)
-
-        pairs = images.files_of(names)
+        np.save(temporary / 'sizes.npy', sizes)
+        pixels = new_array(temporary / 'images.npy', shape=(starts[-1], config.CHANNELS))
+        classes = new_array(temporary / 'masks.npy', shape=(starts[-1],))
 
         def write(row: int) -> None:
-            image_rows[row], mask_rows[row] = read_pair(*pairs[row], *read_settings())
+            image, mask = masks.read_pair(*pairs[row], tuple(sizes[row].tolist()), *read_settings())
+            place = slice(starts[row], starts[row + 1])
+            pixels[place], classes[place] = image.reshape(-1, config.CHANNELS), mask.ravel()
 
         # Threads will do: the decoders release Python's lock.
         with ThreadPoolExecutor(max(1, config.NUM_WORKERS)) as pool:
             rows = pool.map(write, range(len(names)))
             list(tqdm(rows, 'building the cache', len(names), disable=None, leave=False))
-        image_rows.flush()
-        mask_rows.flush()
+        pixels.flush()
+        classes.flush()
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -61,7 +61,7 @@ def image_names() -> list[str]:
 
 def check_pairs(names: list[str]) -> None:
     """Raise config.UserMistake unless each image can be read and has a mask of its size."""
-    pairs, differ, turned, lossy = images.files_of(names), [], [], 0
+    pairs, differ, turned, headers, lossy = images.files_of(names), [], [], [], 0
     if not is_file(config.TRAIN_CSV):
         (image_files, other_images), (mask_files, other_masks) = map(list_files, FOLDERS)
         for constant, others in zip(FOLDERS, (other_images, other_masks)):
@@ -74,6 +74,7 @@ def check_pairs(names: list[str]) -> None:
             )
     for name, (image_file, mask) in zip(tqdm(names, 'headers', disable=None, leave=False), pairs):
         image = images.header(image_file, images.check_bits)
+        headers.append(image)
         if isinstance(mask, images.Runs):
             continue
         mask = images.header(mask)
@@ -95,6 +96,7 @@ def check_pairs(names: list[str]) -> None:
             f'{len(differ)} images and their masks differ in size: {first_few(differ)}: resize the '
             'masks by the nearest pixel'
         )
+    images.tell_wide(headers)
     if lossy:
         print(f'{lossy} masks are saved with loss, as JPEG: foreground from 128 up')
     if turned:

@@ -157,15 +157,30 @@ def header(file, check=lambda file, image: None) -> Header:
         return Header(size, turned, image.format)
 
 
+def tell_wide(headers: list[Header]) -> None:
+    """Print one line if images are much wider than what the model is fed."""
+    wide = sum(header.size[1] > 4 * config.crop_size()[1] for header in headers)
+    if wide and config.SCALE is None:
+        print(
+            f'{wide} images are more than four times as wide as CROP_SIZE={config.CROP_SIZE}: small '
+            'objects may vanish; see SCALE'
+        )
+
+
 # ------------------------------------------------------------ pixels
 def read_image(file, channels: int = 3, size: tuple[int, int] | None = None) -> np.ndarray:
+    """The pixels of an image file, see read_with_size."""
+    return read_with_size(file, channels, size)[0]
+
+
+def read_with_size(file, channels: int, size: tuple | None, scale: float | None = None) -> tuple:
     """Decode an image file as viewers show it: EXIF rotation applied, alpha left out.
 
     Args:
         channels: 3 for RGB, 1 for grey.
-        size: (height, width) to resize to; None keeps the image's own size.
+        size, scale: as in `scaled`, the size to resize to; size=None keeps the image's own.
 
-    Returns: uint8 (height, width, channels), 0..255.
+    Returns: uint8 (height, width, channels), 0..255; the image's own (height, width).
 
     Raises config.UserMistake if the file is missing, truncated, no image, or has 16 bits.
     """
@@ -176,13 +191,15 @@ def read_image(file, channels: int = 3, size: tuple[int, int] | None = None) -> 
         if data.endswith(LAST_BYTES['JPEG']) and image.mode in ('RGB', 'L'):
             turned = image.getexif().get(ORIENTATION, 1) >= 5
             own_size = image.size if turned else image.size[::-1]
-            pixels = decode_jpeg(data, channels, own_size, size)
+            wanted = size and scaled(own_size, size, scale)
+            pixels = decode_jpeg(data, channels, own_size, wanted)
         else:
             ImageOps.exif_transpose(image, in_place=True)
             pixels = np.array(image.convert('RGB' if channels == 3 else 'L'))
+            own_size = pixels.shape[:2]
     if size is not None:
-        pixels = resize(pixels, size)
-    return pixels.reshape(*pixels.shape[:2], channels)
+        pixels = resize(pixels, scaled(own_size, size, scale))
+    return pixels.reshape(*pixels.shape[:2], channels), own_size
 
 
 def decode_jpeg(data: bytes, channels: int, own_size: tuple, size: tuple | None) -> np.ndarray:
@@ -203,7 +220,41 @@ def decode_jpeg(data: bytes, channels: int, own_size: tuple, size: tuple | None)
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if channels == 3 else pixels
 
 
+def scaled(size: tuple[int, int], crop_size: tuple, scale: float | None) -> tuple[int, int]:
+    """(height, width) that an image is resized to: CROP_SIZE, or its own size times SCALE."""
+    return crop_size if scale is None else tuple(max(1, round(side * scale)) for side in size)
+
+
+def sizes_of(image_files) -> list[tuple[int, int]]:
+    """(height, width) that each image file is resized to."""
+    if config.SCALE is None:
+        return [config.crop_size()] * len(image_files)
+    sizes = (header(file).size for file in image_files)
+    return [scaled(size, config.crop_size(), config.SCALE) for size in sizes]
+
+
+def random_crop(image, mask, size: tuple[int, int], rng, ignored: int | None) -> tuple:
+    """A crop of an image (H, W, C) and its mask (H, W), copied; reflected where they are smaller.
+
+    A third of the crops have a pixel of an object in the middle, or as near as the border lets it,
+    as in nnU-Net (Isensee et al. 2021).
+    """
+    place = [rng.integers(max(0, side - length) + 1) for side, length in zip(mask.shape, size)]
+    if rng.random() < 1 / 3:
+        objects = np.argwhere((mask > 0) & (mask != (0 if ignored is None else ignored)))
+        if len(objects):
+            middle = objects[rng.integers(len(objects))] - np.array(size) // 2
+            place = np.clip(middle, 0, np.maximum(0, np.array(mask.shape) - size))
+    rows, columns = (slice(start, start + length) for start, length in zip(place, size))
+    cut = image[rows, columns], mask[rows, columns]
+    bottom, right = np.array(size) - cut[1].shape
+    pads = 0, bottom, 0, right, cv2.BORDER_REFLECT_101
+    return tuple(cv2.copyMakeBorder(c, *pads).reshape(*size, *c.shape[2:]) for c in cut)
+
+
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize to (height, width): the mean of an area where a side shrinks, bilinear where it grows."""
+    if pixels.shape[:2] == tuple(size):
+        return pixels
     smaller = np.minimum(pixels.shape[:2], size).tolist()
     return cv2.resize(cv2.resize(pixels, smaller[::-1], interpolation=cv2.INTER_AREA), size[::-1])

@@ -39,6 +39,12 @@ def read_mask(
     return read_with_palette(file, classes, ignore_index, colours, size)[0]
 
 
+def read_pair(image_file: Path, mask_file: Path | images.Runs, size, channels, *mask_rule) -> tuple:
+    """An image, uint8 (H, W, channels), and its mask, uint8 (H, W), both resized to `size`."""
+    image = images.read_image(image_file, channels, size)
+    return image, read_mask(mask_file, *mask_rule, size)
+
+
 def read_with_palette(file, classes, ignore_index, colours, size=None) -> tuple[np.ndarray, dict]:
     """What read_mask returns, and the colour of each class if a palette decided by its indices."""
     if isinstance(file, images.Runs):

@@ -24,6 +24,41 @@ def activate(logits: torch.Tensor) -> torch.Tensor:
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
 
+def predict_windows(model, x: torch.Tensor, size: tuple[int, int], batch_size: int) -> torch.Tensor:
+    """Logits, float32 (N, classes, H, W), of images (N, C, H, W) of any size.
+
+    Windows of `size`, which overlap by half, are predicted in batches and blended with the weights of
+    Hann's window; smaller images are reflected at their border.
+    """
+    own = x.shape[2:]
+    if own == size:
+        return model(x).float()
+    for axis, (side, length) in enumerate(zip(own, size), 2):
+        if length > side:
+            order = np.pad(np.arange(side), (0, length - side), 'reflect' if side > 1 else 'edge')
+            x = x.index_select(axis, torch.from_numpy(order).to(x.device))
+    starts, weights, sums = [], [], []
+    for side, length in zip(x.shape[2:], size):
+        steps = -(-2 * (side - length) // length)
+        starts.append([round(n * (side - length) / max(1, steps)) for n in range(steps + 1)])
+        weights.append(torch.hann_window(length + 2, periodic=False, device=x.device)[1:-1])
+        sums.append(torch.zeros(side, device=x.device))
+        for start in starts[-1]:
+            sums[-1][start : start + length] += weights[-1]
+    slices = [[slice(s, s + n) for s in axis] for axis, n in zip(starts, size)]
+    windows, total = [(..., rows, columns) for rows in slices[0] for columns in slices[1]], None
+    for first in range(0, len(windows), batch_size):
+        batch = windows[first : first + batch_size]
+        logits = model(torch.cat([x[window] for window in batch])).float()
+        if total is None:
+            total = logits.new_zeros(len(x), logits.shape[1], *x.shape[2:])
+        for window, part in zip(batch, logits.split(len(x))):
+            total[window] += part * (weights[0][:, None] * weights[1])
+    total /= sums[0][:, None]
+    total /= sums[1]
+    return total[..., : own[0], : own[1]]
+
+
 def count(prediction, mask, classes: int, ignore_index: int | None = None) -> torch.Tensor:
     """Pixels (N, 3, K) of tp, fp and fn, int64, of class indices (N, H, W); K = classes, or 1.
 

@@ -40,8 +40,6 @@ def list_test_files() -> list[Path]:
     except files.NothingFound as nothing:
         runtime.print_once(f'{nothing}; nothing to predict')
         return []
-    if rank_zero_only.rank == 0:
-        files.tell_others('TEST_PATH', others, 'not predicted')
     folder, names = config.TEST_PATH, list(found)
     if files.is_file(config.TEST_CSV):
         table = files.read_table(config.path(config.TEST_CSV), ['img'], 'fix or remove it')
@@ -56,48 +54,47 @@ def list_test_files() -> list[Path]:
                     shown = files.first_few(left_out)
                     runtime.print_once(f'{len(left_out)} test images {what}, left out: {shown}')
     paths = [found[name] for name in names]
-    for file in tqdm(paths, 'checking headers', disable=None, leave=False):
-        images.header(file, images.check_bits)
+    checked = tqdm(paths, 'checking headers', disable=None, leave=False)
+    headers = [images.header(file, images.check_bits) for file in checked]
+    if rank_zero_only.rank == 0:
+        images.tell_wide(headers)
+        files.tell_others('TEST_PATH', others, 'not predicted')
     return paths
 
 
 class ImageBatches(Dataset):
     """Image files in batches of VAL_BATCH_SIZE, each image read once.
 
-    Items are whole batches: {'image': uint8 (N, channels, H, W), 'img': paths, from TEST_PATH where the
-    file is in it, 'shape': the images' own (height, width)}; with mask files also 'mask': a list of
-    uint8 (height, width).
-
-    Args:
-        image_files: files of images of any size.
-        input_size: (height, width, channels) of the model's input.
-        mask_files: the mask of each image, or none.
-        mask_rule: how masks are read: arguments of masks.read_mask.
+    With SCALE, a batch is one image. Items are whole batches: {'image': uint8 (N, channels, H, W),
+    'img': paths, from TEST_PATH where the file is in it, 'shape': the images' own (height, width)};
+    with a mask file for each also 'mask': a list of uint8 (height, width).
     """
 
-    def __init__(self, image_files, input_size, mask_files=(), mask_rule=()):
+    def __init__(self, image_files, model, mask_files=()):
         self.image_files, self.mask_files = list(image_files), list(mask_files)
-        self.input_size, self.mask_rule = input_size, mask_rule
-        self.batch_size, self.folder = config.VAL_BATCH_SIZE, config.path(config.TEST_PATH)
+        self.input_size, self.mask_rule = model.input_size, model.mask_rule
+        self.scale = model.hparams.SCALE
+        self.batch_size = config.VAL_BATCH_SIZE if self.scale is None else 1
+        self.folder = config.path(config.TEST_PATH)
 
     def __len__(self) -> int:
         return -(-len(self.image_files) // self.batch_size)
 
     def __getitem__(self, number: int) -> dict:
         rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
-        image_files, (*size, channels) = self.image_files[rows], self.input_size
-        pixels = np.stack([images.read_image(file, channels, size) for file in image_files])
+        image_files, (*crop_size, channels) = self.image_files[rows], self.input_size
+        read = (images.read_with_size(f, channels, crop_size, self.scale) for f in image_files)
+        pixels, shapes = zip(*read)
         batch = {
-            'image': torch.from_numpy(pixels).permute(0, 3, 1, 2),  # channels-last in memory
+            'image': torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2),  # channels-last
             'img': [files.relative(file, self.folder) for file in image_files],
-            'shape': [images.header(file).size for file in image_files],
+            'shape': shapes,
         }
-        if self.mask_files:
-            batch['mask'] = []
-            for file, shape in zip(self.mask_files[rows], batch['shape']):
-                batch['mask'].append(torch.from_numpy(masks.read_mask(file, *self.mask_rule)))
-                if batch['mask'][-1].shape != shape:
-                    raise config.UserMistake(f'{file}: not the size of its image: run folds.py')
+        for file, shape in zip(self.mask_files[rows], shapes):
+            mask = torch.from_numpy(masks.read_mask(file, *self.mask_rule))
+            if mask.shape != shape:
+                raise config.UserMistake(f'{file}: not the size of its image: run folds.py')
+            batch.setdefault('mask', []).append(mask)
         return batch
 
 
@@ -119,7 +116,7 @@ class Predictor(pl.LightningModule):
     def probabilities(self, x: torch.Tensor) -> torch.Tensor:
         """Mean probabilities, float32 (N, classes, H, W), of 8-bit images (N, channels, H, W)."""
         flips = [(), (-1,)] if self.tta else [()]
-        parts = (metrics.activate(m(x.flip(f))).flip(f) for m in self.models for f in flips)
+        parts = (metrics.activate(m.predict(x.flip(f))).flip(f) for m in self.models for f in flips)
         return sum(parts) / (len(self.models) * len(flips))
 
     def predict_step(self, batch: dict, batch_index: int) -> list[np.ndarray]:
@@ -134,7 +131,8 @@ class Predictor(pl.LightningModule):
                 f"PRECISION={config.PRECISION}: try 'bf16' or 32"
             )
         for n, p in enumerate(probabilities):
-            p = F.interpolate(p[None], batch['shape'][n], mode='bilinear')
+            p, shape = p[None], batch['shape'][n]
+            p = p if p.shape[2:] == shape else F.interpolate(p, shape, mode='bilinear')
             if 'mask' in batch:
                 results.append(self.count(p, batch['mask'][n]).cpu().numpy())
             else:

@@ -28,7 +28,9 @@ def main() -> None:
     )
     fig, axes = plots.figure(2 + EPOCHS, len(indices), 2.4, 2.0, title)
     for column, index in zip(axes.T, indices):
-        items = [plain[index]] * 2 + [augmented[epoch, index] for epoch in range(EPOCHS)]
+        items = [plain[index]] * 2 + [
+            augmented[epoch, augmented.crops.index((index, 0))] for epoch in range(EPOCHS)
+        ]
         for row, (axis, item) in enumerate(zip(column, items)):
             image = item['image'].permute(1, 2, 0).numpy()
             strength = 0.35 if row else 0

@@ -63,7 +63,7 @@ class Decoding(Dataset):
 def predict(files: list[Path], folder: Path, size: int) -> None:
     config.OUTPUT = str(folder)
     model = OneLayer(size, size)
-    batches = predictor.ImageBatches(files, model.input_size)
+    batches = predictor.ImageBatches(files, model)
     predictor.write_submission(predictor.Predictor([model], [0.5]), batches, [], None)
 
 

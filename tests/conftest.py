@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'
 # On a busy machine, threads make small tensors many times slower. Processes inherit it.
@@ -117,6 +118,12 @@ class Tiny(torch.nn.Module):
 
     def forward(self, x):
         return self.layers(x)
+
+
+def model_of(input_size, scale=None) -> SimpleNamespace:
+    """What reading images needs to know of a model."""
+    hparams = SimpleNamespace(SCALE=scale)
+    return SimpleNamespace(input_size=input_size, mask_rule=(), hparams=hparams)
 
 
 @contextmanager

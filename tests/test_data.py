@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import draw_ellipse, save_mask_gif
+from conftest import draw_ellipse, model_of, save_mask_gif
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -202,7 +202,7 @@ def test_cache_is_built_once_and_again_when_something_changes(prepared):
     )
     assert len(caches()) == 2
     config.CROP_SIZE = 16
-    assert dataset.open_cache().images.shape == (10, 16, 16, 3)
+    assert dataset.open_cache().images.shape == (10 * 16 * 16, 3)
     assert len(caches()) == 3 and first in caches()
 
 
@@ -211,7 +211,7 @@ def test_a_cache_that_was_being_built_is_not_trusted(prepared, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, 'read_pair', fail)
+        patch.setattr(masks, 'read_pair', fail)
         with pytest.raises(KeyboardInterrupt):
             dataset.open_cache()
     assert not list(config.path(config.OUTPUT).glob('cache/*'))
@@ -222,11 +222,11 @@ def test_batches_to_predict(prepared):
     config.VAL_BATCH_SIZE = 2
     files = images.files_of(folds.read_folds().img[:3])
     image_files, mask_files = zip(*files)
-    batches = predictor.ImageBatches(image_files, (16, 32, 1), mask_files)
+    batches = predictor.ImageBatches(image_files, model_of((16, 32, 1)), mask_files)
     assert [len(batches[number]['img']) for number in range(len(batches))] == [2, 1]
     batch = batches[0]
     assert batch['image'].shape == (2, 1, 16, 32) and batch['image'].dtype == torch.uint8
-    assert batch['shape'] == [(48, 64)] * 2 and batch['mask'][0].shape == (48, 64)
+    assert list(batch['shape']) == [(48, 64)] * 2 and batch['mask'][0].shape == (48, 64)
     assert batch['img'] == [str(image) for image in image_files[:2]]
 
 

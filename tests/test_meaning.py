@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SRC, draw_ellipse
+from conftest import SRC, draw_ellipse, model_of
 from PIL import Image
 
 import command_line
@@ -86,8 +86,7 @@ def test_a_mask_turned_as_its_image_fits_and_one_that_is_not_is_told(own, capsys
     for number in range(4):
         own(f'{number}', mask=255 * MASK, **turned(6), mask_options=turned(6))
     decide()
-    config.CROP_SIZE = (30, 20)
-    image, mask = dataset.read_pair(*images.files_of(['0'])[0], *dataset.read_settings())
+    image, mask = masks.read_pair(*images.files_of(['0'])[0], (30, 20), *dataset.read_settings())
     assert np.array_equal(image[..., 0] > 60, mask == 1) and mask.any()
     own('0', **turned(6))
     with pytest.raises(config.UserMistake, match=r'0: EXIF turns one .*6 and 1.*exif_transpose'):
@@ -307,7 +306,7 @@ def test_test_files_have_names_of_their_own_and_are_told_apart(own):
         own(f'{patient}/1_test.tif', folder='test', mask=None)
     config.TEST_SUFFIX = '_test.tif'
     test_files = predictor.list_test_files()
-    batch = predictor.ImageBatches(test_files, (32, 32, 3))[0]
+    batch = predictor.ImageBatches(test_files, model_of((32, 32, 3)))[0]
     assert batch['img'] == ['p0/1_test.tif', 'p1/1_test.tif']
 
 

@@ -7,13 +7,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
-from conftest import SRC, environment
+import torch
+from conftest import SRC, environment, make_carvana
 
 import command_line
 import config
 import dice_loss
+import model_dispatcher
 
 ROOT = SRC.parent
 TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -42,7 +45,9 @@ def test_the_scripts_and_words_of_every_command_exist():
 
 def test_every_constant_that_is_named_exists_and_has_the_default_that_is_shown():
     names = set(re.findall(r'`([A-Z][A-Z_]+)(?: = [^`]*)?`', TEXT))
-    assert names - {'MODELS', 'AUGMENTATIONS', 'RULES', 'RANK', 'FIRST'} <= set(config.constants())
+    assert names - {'MODELS', 'AUGMENTATIONS', 'RULES', 'RANK', 'FIRST', 'PROJECT'} <= set(
+        config.constants()
+    )
     table = TEXT[TEXT.index('| constant |') :].split('\n\n')[0].splitlines()[2:]
     assert len(table) == 10
     for row in table:
@@ -85,6 +90,46 @@ def test_the_example_of_ones_own_images_runs_as_it_stands(tmp_path):
     assert len((project / 'output/train_folds.csv').read_text().split()) == 25
     assert (project / 'output/oof_worst.png').is_file()
     assert (project / 'output/model_fold0/config.json').is_file()
+
+
+@pytest.mark.parametrize('number', [0, 1])
+def test_the_cells_for_kaggle_run_in_folders_that_stand_in_for_its_own(tmp_path, number):
+    """Zip files in an input that nothing is written to; the project by git or as a data set."""
+    cell = [block for block in BLOCKS if block.startswith('%%bash\n')][number]
+    make_carvana(tmp_path / 'made', cars=5)
+    given = tmp_path / 'kaggle/input'
+    competition = given / 'carvana-image-masking-challenge'
+    for folder in (competition, given / 'wheels', given / 'weights', tmp_path / 'kaggle/working'):
+        folder.mkdir(parents=True)
+    for name in ('train_hq', 'train_masks', 'test_hq'):
+        shutil.make_archive(competition / name, 'zip', tmp_path / 'made', name)
+    for name, text in (('train_masks', 'img\n'), ('sample_submission', 'img,rle_mask\n')):
+        with zipfile.ZipFile(competition / f'{name}.csv.zip', 'w') as archive:
+            names = [f.name for f in sorted((tmp_path / 'made/train_hq').iterdir())]
+            rows = names if name == 'train_masks' else ['000000000064_01.jpg,1 1']
+            archive.writestr(f'{name}.csv', text + '\n'.join(rows))
+    project = given / 'project'
+    shutil.copytree(SRC, project / 'src', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copy(ROOT / 'requirements.txt', project)
+    for command in ('init -q', 'add -A', '-c user.name=x -c user.email=x commit -qm x'):
+        subprocess.run(['git', '-C', project, *command.split()], check=True)
+    weights = model_dispatcher.build_model('smp_linknet_tu-test_resnet').encoder.state_dict()
+    torch.save(weights, given / 'weights/resnet34.pth')
+    before = set(given.rglob('*'))
+    cell = cell.replace('%%bash\n', '').replace('/kaggle', f'{tmp_path}/kaggle')
+    cell = cell.replace('https://github.com/YOU/YOUR-COPY.git', f'file://{project}')
+    small = 'MODEL_NAME=smp_linknet_tu-test_resnet CROP_SIZE=32 FOLDS=[0] EPOCHS=1 NUM_WORKERS=0'
+    cell = cell.replace('WORDS="', f'WORDS="{small} ACCUMULATE_GRAD_BATCHES=1 ')
+    activated = os.pathsep.join([os.path.dirname(sys.executable), os.environ['PATH']])
+    environ = {**environment(), 'PATH': activated, 'PIP_NO_INDEX': '1'}
+    result = subprocess.run(['bash', '-c', cell], capture_output=True, text=True, env=environ)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert set(given.rglob('*')) == before
+    output = tmp_path / 'kaggle/working/output'
+    assert len((output / 'oof.csv').read_text().split()) == 1 + 2
+    assert len((output / 'submission.csv').read_text().split('\n')) == 1 + 1 + 1
+    loaded = f'encoder tensors loaded from {given}/weights/resnet34.pth'
+    assert (loaded in result.stdout) == (number == 1)
 
 
 @pytest.mark.parametrize('link', re.findall(r'!\[.*?\]\((.*?)\)', TEXT))

@@ -63,7 +63,7 @@ def test_images_of_different_sizes_share_a_batch(model, tmp_path):
     rows = submission(model)
     for number, size in enumerate([(40, 60), (61, 33), (32, 32)]):
         mask = masks.rle_decode(rows[f'{number}.png'], size)
-        batch = predictor.ImageBatches([tmp_path / f'test/{number}.png'], model.input_size)
+        batch = predictor.ImageBatches([tmp_path / f'test/{number}.png'], model)
         (alone,) = predictor.predict(predictor.Predictor([model], [0.5]), batch)
         assert mask.shape == alone.shape and (mask != alone).mean() < 1e-3
 
@@ -131,7 +131,7 @@ def test_probabilities_are_averaged_before_the_threshold_and_mirrored(model, tmp
     file = tmp_path / 'test/a.png'
     Image.fromarray(draw_ellipse(np.random.default_rng(3))[0]).save(file)
     runner = predictor.Predictor([model, other], [0.5], tta=True)
-    x = predictor.ImageBatches([file], model.input_size)[0]['image']
+    x = predictor.ImageBatches([file], model)[0]['image']
     with torch.inference_mode():
         p = runner.probabilities(x)
         parts = [m(x).sigmoid() for m in (model, other)]
