@@ -78,7 +78,7 @@ class CarvanaModel(pl.LightningModule):
         return self.model(images.contiguous(memory_format=torch.channels_last))
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits, float32 (N, CLASSES, H, W), of 8-bit images of any size."""
+        """Logits (N, CLASSES, H, W) of 8-bit images of any size, see metrics.predict_windows."""
         return metrics.predict_windows(self, images, self.input_size[:2], config.VAL_BATCH_SIZE)
 
     # ------------------------------------------------------------ training

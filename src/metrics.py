@@ -25,14 +25,14 @@ def activate(logits: torch.Tensor) -> torch.Tensor:
 
 
 def predict_windows(model, x: torch.Tensor, size: tuple[int, int], batch_size: int) -> torch.Tensor:
-    """Logits, float32 (N, classes, H, W), of images (N, C, H, W) of any size.
+    """Logits (N, classes, H, W) of images (N, C, H, W) of any size; float32 if they are blended.
 
     Windows of `size`, which overlap by half, are predicted in batches and blended with the weights of
     Hann's window; smaller images are reflected at their border.
     """
     own = x.shape[2:]
     if own == size:
-        return model(x).float()
+        return model(x)
     for axis, (side, length) in enumerate(zip(own, size), 2):
         if length > side:
             order = np.pad(np.arange(side), (0, length - side), 'reflect' if side > 1 else 'edge')

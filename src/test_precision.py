@@ -67,10 +67,11 @@ def main(options) -> None:
             words = [*arguments, f'SEED={seed}']
             run = {'note': reason} if reason else run_row(name, options.steps, words)
             print(f'{name}: {run["note"]}', flush=True)
-            runs.append({'precision': name, **run})
+            runs.append({'precision': name, 'seed': seed, **run})
     table, output = summary(runs), config.path(config.OUTPUT)
     files.write_table(table, output / 'precision.csv')
     print(table.drop(columns='note').to_string(index=False, na_rep='-'))
+    print_differences(pd.DataFrame(runs))
     device = runtime.device_name(runtime.quiet_trainer(**HARDWARE))
     title = f'{config.MODEL_NAME}, {config.CROP_SIZE} pixels, {device}'
     plots.save(plots.precision(table, title), output / 'precision.png')
@@ -100,6 +101,15 @@ def summary(runs: list[dict]) -> pd.DataFrame:
     table = pd.DataFrame(runs, columns=['precision', *DIGITS, 'note'])
     rules = {**dict.fromkeys(DIGITS, 'median'), 'val_dice': 'mean', 'note': '; '.join}
     return table.groupby('precision', sort=False).agg(rules).round(DIGITS).reset_index()
+
+
+def print_differences(runs: pd.DataFrame) -> None:
+    """Print each precision's Dice minus that of 32, seed by seed, if there are several seeds."""
+    dice = runs.pivot(index='seed', columns='precision', values='val_dice').dropna(axis=1)
+    for name in dice.columns.drop('32') if len(dice) > 1 else ():
+        differences = dice[name] - dice['32']
+        error = f'{differences.sem():.4f}, standard error over {len(dice)} seeds'
+        print(f'Dice at {name} minus Dice at 32: {differences.mean():+.4f} +- {error}')
 
 
 class Clock(pl.Callback):

@@ -40,6 +40,15 @@ def experiment(carvana, monkeypatch):
     return carvana, options
 
 
+def test_differences_are_taken_seed_by_seed(capsys):
+    runs = [(name, seed, dice) for name, dices in {
+        '32': (0.5, 0.6), '16': (0.6, 0.8), '32 with TF32': (float('nan'),)}.items()
+        for seed, dice in enumerate(dices)]  # fmt: skip
+    test_precision.print_differences(pd.DataFrame(runs, columns=['precision', 'seed', 'val_dice']))
+    told = 'Dice at 16 minus Dice at 32: +0.1500 +- 0.0500, standard error over 2 seeds\n'
+    assert capsys.readouterr().out == told
+
+
 def test_the_table_has_a_row_for_each_precision_and_says_why_one_is_missing(experiment):
     experiment, options = experiment
     test_precision.main(options)
