@@ -74,7 +74,9 @@ LR: float = 0.001  # the highest that SCHEDULE reaches
 SCHEDULE: str | None = 'cosine'  # of LR: 'cosine', 'onecycle', 'poly', 'plateau'; None = constant
 OPTIMIZER: str = 'Adam'  # any class of torch.optim
 OPTIMIZER_ARGS: dict = {}  # its arguments, e.g. {'weight_decay': 0.01} for AdamW
-EMA: float | None = 0.99  # decay of the average of the weights, which is what is kept; None = off
+EMA: float | None = (
+    None  # decay, such as 0.99, of an average of the weights, which is then what is kept
+)
 GRADIENT_CLIP: float | None = None  # largest norm of the gradients
 EPOCHS: int = 7
 PATIENCE: int | None = None  # stop after so many epochs without a better val_dice
@@ -120,8 +122,11 @@ def crop_size() -> tuple[int, int]:
 
 def constants() -> dict:
     """Name -> value of every constant, in plain types: lists for tuples, as checkpoints want them."""
-    values = {name: value for name, value in globals().items() if name.isupper()}
-    return {k: list(value) if isinstance(value, tuple) else value for k, value in values.items()}
+    return {name: plain(value) for name, value in globals().items() if name.isupper()}
+
+
+def plain(value):
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def differing_constants(saved: dict, other: dict) -> list[str]:

@@ -203,7 +203,8 @@ def is_mask(file: str, names) -> bool:
 
 def further_mask_of(file: str) -> str | None:
     """'x' for x_mask_1.png where masks are named x_mask.png."""
-    suffixes = config.MASK_SUFFIX if isinstance(config.MASK_SUFFIX, list) else [config.MASK_SUFFIX]
+    suffixes = config.MASK_SUFFIX
+    suffixes = [suffixes] if isinstance(suffixes, str) else suffixes
     for stem in (suffix.rpartition('.')[0] for suffix in suffixes):
         name, found, rest = file.rpartition('.')[0].rpartition(stem or '/')
         if stem and found and rest:

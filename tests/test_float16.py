@@ -58,7 +58,7 @@ def test_skipped_steps_move_neither_weights_nor_schedule_and_are_no_nan(float16,
     assert all(weight.isfinite().all() for weight in state['state_dict'].values())
 
 
-@pytest.mark.parametrize('words', [[], ['GRADIENT_CLIP=0.1', 'EMA=None', 'SCHEDULE=onecycle']])
+@pytest.mark.parametrize('words', [['EMA=0.99'], ['GRADIENT_CLIP=0.1', 'SCHEDULE=onecycle']])
 def test_resumed_to_the_bit_with_the_scaler(float16, words):
     train(float16, *words, f'LOGS_PATH={float16}/whole/logs')
     for stop in (1, 2):

@@ -220,6 +220,7 @@ def test_palettes_that_contradict_are_named(own):
         decide(CLASSES=3)
     decide(CLASSES=3, MASK_COLOURS=[BLACK, RED, BLUE])
     assert np.array_equal(pairs()['1'][1], 2 * MASK)
+    assert config.constants()['MASK_COLOURS'][1] == [255, 0, 0]  # YAML knows no tuples
 
 
 def test_colours_by_a_list(tmp_path):
@@ -238,6 +239,8 @@ def test_colours_by_a_list(tmp_path):
     )
     with pytest.raises(config.UserMistake, match='a coloured mask, .*: set MASK_COLOURS'):
         masks.read_mask(file)
+    Image.fromarray(255 * MASK).convert('1').save(file)  # the object is black
+    assert np.array_equal(masks.read_mask(file, colours=[(255, 255, 255), BLACK]), 1 - MASK)
 
 
 # ------------------------------------------------------------ D. one listing

@@ -143,10 +143,10 @@ def test_more_epochs_go_on_from_the_last_in_a_folder_that_was_moved(undisturbed,
 @pytest.mark.parametrize(
     'words',
     [
-        ['SCHEDULE=cosine', 'NUM_WORKERS=2'],
-        ['SCHEDULE=onecycle', 'EMA=None'],
+        ['SCHEDULE=cosine', 'NUM_WORKERS=2', 'EMA=0.99'],
+        ['SCHEDULE=onecycle'],
         ['SCHEDULE=poly', 'OPTIMIZER=SGD', "OPTIMIZER_ARGS={'momentum': 0.9}", 'GRADIENT_CLIP=0.1'],
-        ['SCHEDULE=plateau', 'PATIENCE=9'],
+        ['SCHEDULE=plateau', 'PATIENCE=9', 'EMA=0.99'],
         ['SCHEDULE=None', 'OPTIMIZER=AdamW', "OPTIMIZER_ARGS={'weight_decay': 0.1}"],
     ],
     ids=lambda words: words[0],
@@ -168,7 +168,7 @@ def test_stopped_twice_ends_in_the_same_weights_to_the_bit(
         Lightning_trainer.train_fold(0)
         ends.append(last_checkpoint(tmp_path / str(len(stops))))
     first, second = ends
-    assert ('current_model_state' in first) == ('EMA=None' not in words)
+    assert ('current_model_state' in first) == ('EMA=0.99' in words)
     for key in ('state_dict', 'current_model_state'):
         for name, tensor in first.get(key, {}).items():
             assert torch.equal(tensor, second[key][name]), name
