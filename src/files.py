@@ -127,7 +127,6 @@ class NothingFound(config.UserMistake):
     """A folder is missing, or holds no file of the expected name."""
 
 
-# ------------------------------------------------------------ names
 def name_of(file: str, constant: str) -> str | None:
     """The name in a path from the folder, without prefix and ending; None if it is named otherwise.
 
@@ -143,6 +142,17 @@ def name_of(file: str, constant: str) -> str | None:
     return None
 
 
+def walk(folder: Path) -> list[str]:
+    """Paths of all files in a folder, from there, but hidden ones and the project's other folders."""
+    found, names = [], (*NAMING, 'OUTPUT', 'LOGS_PATH')
+    other = [config.path(getattr(config, name)) for name in names]
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [f for f in folders if f[0] != '.' and Path(parent, f) not in other]
+        inside = Path(parent).relative_to(folder)
+        found += [(inside / file).as_posix() for file in files if file[0] != '.']
+    return sorted(found)
+
+
 def list_files(constant: str) -> tuple[dict[str, Path], list[str]]:
     """The image files in TRAIN_PATH, MASK_PATH or TEST_PATH and the folders in it, but hidden ones.
 
@@ -154,17 +164,10 @@ def list_files(constant: str) -> tuple[dict[str, Path], list[str]]:
     folder, suffix = config.path(getattr(config, constant)), NAMING[constant][1]
     if not folder.is_dir():
         raise NothingFound(f'{folder}: no such folder: set {constant} or INPUT')
-    relative, nested = [], [config.path(getattr(config, name)) for name in NAMING]
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [f for f in folders if f[0] != '.' and Path(parent, f) not in nested]
-        inside = Path(parent).relative_to(folder)
-        relative += [(inside / file).as_posix() for file in files if file[0] != '.']
-    named, others = {}, []
-    for file in sorted(relative):
-        if name_of(file, constant) is None:
-            others.append(file)
-        else:
-            named.setdefault(name_of(file, constant), []).append(file)
+    relative, named = walk(folder), {}
+    for file in relative:
+        named.setdefault(name_of(file, constant), []).append(file)
+    others = named.pop(None, [])
     for mask in [file for file in relative if constant != 'MASK_PATH' and is_mask(file, named)]:
         named.pop(name_of(mask, constant), None)
     for name, files in named.items():
@@ -194,11 +197,11 @@ def list_files(constant: str) -> tuple[dict[str, Path], list[str]]:
 
 def is_mask(file: str, names) -> bool:
     """Whether a file in a folder of images is a mask, of one of the images or of MASK_PATH."""
-    name, differs = name_of(file, 'MASK_PATH'), name_of(file, 'TRAIN_PATH')
     if further_mask_of(file) in names:
         return True
     same_folder = config.path(config.TRAIN_PATH) == config.path(config.MASK_PATH)
-    return name is not None and name != differs and (same_folder or name in names)
+    name, as_image = name_of(file, 'MASK_PATH'), name_of(file, 'TRAIN_PATH')
+    return name is not None and name != as_image and (same_folder or name in names)
 
 
 def further_mask_of(file: str) -> str | None:
