@@ -176,13 +176,12 @@ def image_batches(names, model: CarvanaModel, scored: bool = False) -> predictor
 def print_scores(table: pd.DataFrame, note: str) -> None:
     """Print mean Dice and IoU per fold and overall, and the ten worst images."""
     scores = table.groupby('kfold').agg(
-        images=('img', 'size'), dice=('dice', 'mean'), spread=('dice', 'std'), iou=('iou', 'mean')
+        images=('img', 'size'), Dice=('dice', 'mean'), spread=('dice', 'std'), IoU=('iou', 'mean')
     )
+    scores.index.name = 'fold'
     scores.loc['all'] = [len(table), table.dice.mean(), table.dice.std(), table.iou.mean()]
     scores['images'] = scores.images.astype(int)
-    print(f"out of fold, at the images' own size{note}")
-    print(scores.to_string(float_format='%.4f'))
-    print('worst')
+    print(f"out of fold, at the images' own size{note}", files.markdown(scores), 'worst', sep='\n')
     worst = table.nsmallest(10, 'dice')[['dice', 'img']]
     print(worst.to_string(index=False, header=False, float_format='%.4f'))
 
@@ -190,11 +189,11 @@ def print_scores(table: pd.DataFrame, note: str) -> None:
 def print_classes(counts: torch.Tensor) -> None:
     """Print Dice and IoU per class, and the data set's IoU, from counts (N, 3, K)."""
     dice, iou, whole = metrics.class_means(counts)
-    columns = {'dice_per_image': dice, 'iou_per_image': iou, 'iou_dataset': whole}
+    columns = {'Dice per image': dice, 'IoU per image': iou, 'IoU of the data set': whole}
     table = pd.DataFrame({name: values.numpy() for name, values in columns.items()})
     table.index.name = 'class'
     table.loc['mean'] = table.mean()
-    print(table.to_string(float_format='%.4f'))
+    print(files.markdown(table))
 
 
 def draw_out_of_fold(table: pd.DataFrame, models: dict, threshold: float) -> None:

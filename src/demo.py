@@ -24,7 +24,7 @@ import masks
 
 SETTINGS = {
     'MODEL_NAME': 'smp_linknet_tu-regnetx_002', 'ENCODER_WEIGHTS': None, 'CROP_SIZE': (96, 160),
-    'N_FOLDS': 3, 'FOLDS': [0, 1, 2], 'AUGMENTATION': 'flip', 'EPOCHS': 12, 'LR': 0.002,
+    'N_FOLDS': 3, 'FOLDS': [0, 1, 2], 'AUGMENTATION': 'flip', 'EPOCHS': 15, 'LR': 0.002,
     'ACCUMULATE_GRAD_BATCHES': 1, 'CACHE': True}  # fmt: skip
 CARS = 18
 # Sedan, SUV, hatchback, pickup: metres up, back, ahead at underside, bumper, bonnet, sill, roof.

@@ -78,6 +78,14 @@ def read_table(file: Path, columns: list[str], remedy: str) -> pd.DataFrame:
     return table
 
 
+def markdown(table: pd.DataFrame) -> str:
+    """A table, its index first, as Markdown to paste; fractions with 4 digits."""
+    table = table.reset_index()
+    rows = [table.columns, ['---'] * len(table.columns), *table.itertuples(index=False)]
+    cells = ([f'{c:.4f}' if isinstance(c, float) else str(c) for c in row] for row in rows)
+    return '\n'.join(f'| {" | ".join(row)} |' for row in cells)
+
+
 def models_file() -> Path:
     return config.path(config.OUTPUT) / 'models.csv'
 

@@ -25,7 +25,7 @@ import command_line
 import config
 import images
 import masks
-from files import first_few, is_file, list_files, read_table, tell_others, write_table
+from files import first_few, is_file, list_files, markdown, read_table, tell_others, write_table
 
 FOLDERS = ('TRAIN_PATH', 'MASK_PATH')
 MASKS_DECODED = 500  # of more masks, this many are decoded here; the first epoch meets the others
@@ -144,7 +144,7 @@ def print_folds(table: pd.DataFrame, held: dict[str, tuple]) -> None:
         counts[name] = has.groupby(table.kfold).sum()
     missing = [(fold, name) for name in counts for fold in counts.index[counts[name] == 0]]
     counts.loc['all'] = counts.sum()
-    print(counts.to_string())
+    print(markdown(counts.rename_axis('fold')))
     if len(held) < len(table):
         print(f'the masks of {len(held)} images were decoded: classes are counted in them')
     never = [name for name in counts if counts.loc['all', name] == 0]

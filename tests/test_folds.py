@@ -19,7 +19,7 @@ def test_groups_stay_together_and_nothing_is_lost(carvana, capsys):
     assert (table.groupby('group').kfold.nunique() == 1).all()
     assert sorted(table.kfold.unique()) == [0, 1, 2, 3, 4]
     assert all(row.img.startswith(row.group) for row in table.itertuples())
-    assert 'all        10       5' in capsys.readouterr().out
+    assert '| all | 10 | 5 | 10 |' in capsys.readouterr().out
 
 
 def test_the_split_depends_on_the_seed_alone(carvana):
