@@ -119,7 +119,8 @@ def test_the_cells_for_kaggle_run_in_folders_that_stand_in_for_its_own(tmp_path,
     cell = cell.replace('%%bash\n', '').replace('/kaggle', f'{tmp_path}/kaggle')
     cell = cell.replace('https://github.com/YOU/YOUR-COPY.git', f'file://{project}')
     small = 'MODEL_NAME=smp_linknet_tu-test_resnet CROP_SIZE=32 FOLDS=[0] EPOCHS=1 NUM_WORKERS=0'
-    cell = cell.replace('WORDS="', f'WORDS="{small} ACCUMULATE_GRAD_BATCHES=1 ')
+    small += ' ACCUMULATE_GRAD_BATCHES=1' + ' ENCODER_WEIGHTS=None' * (number == 0)  # no hub here
+    cell = cell.replace('WORDS="', f'WORDS="{small} ')
     activated = os.pathsep.join([os.path.dirname(sys.executable), os.environ['PATH']])
     environ = {**environment(), 'PATH': activated, 'PIP_NO_INDEX': '1'}
     result = subprocess.run(['bash', '-c', cell], capture_output=True, text=True, env=environ)
