@@ -253,8 +253,11 @@ def random_crop(image, mask, size: tuple[int, int], rng, ignored: int | None) ->
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize to (height, width): the mean of an area where a side shrinks, bilinear where it grows."""
-    if pixels.shape[:2] == tuple(size):
-        return pixels
-    smaller = np.minimum(pixels.shape[:2], size).tolist()
-    return cv2.resize(cv2.resize(pixels, smaller[::-1], interpolation=cv2.INTER_AREA), size[::-1])
+    """Resize to (height, width): bilinear, or to the mean of an area where a side is more than halved.
+
+    Until then bilinear interpolation leaves no pixel out, and it is three times as fast.
+    """
+    if any(side > 2 * length for side, length in zip(pixels.shape, size)):
+        smaller = np.minimum(pixels.shape[:2], size).tolist()
+        pixels = cv2.resize(pixels, smaller[::-1], interpolation=cv2.INTER_AREA)
+    return pixels if pixels.shape[:2] == tuple(size) else cv2.resize(pixels, size[::-1])
