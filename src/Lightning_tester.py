@@ -161,7 +161,7 @@ def why_not_scored(models: dict[int, CarvanaModel]) -> str:
         if saved and saved['val'] != folds.digests(fold)['val']:
             return f'fold {fold} of {config.TRAIN_FOLDS} has other images than when it was trained'
     try:
-        images.files_of(folds.read_folds(list(models)).img)
+        masks.files_of(folds.read_folds(list(models)).img)
     except config.UserMistake as mistake:
         return str(mistake)
     return ''
@@ -169,7 +169,7 @@ def why_not_scored(models: dict[int, CarvanaModel]) -> str:
 
 def image_batches(names, model: CarvanaModel, scored: bool = False) -> predictor.ImageBatches:
     """Training images, with their masks if they are to be scored, as a model takes them."""
-    image_files, mask_files = zip(*images.files_of(names))
+    image_files, mask_files = zip(*masks.files_of(names))
     return predictor.ImageBatches(image_files, model, mask_files * scored)
 
 
@@ -211,7 +211,7 @@ def draw_out_of_fold(table: pd.DataFrame, models: dict, threshold: float) -> Non
         batch = Subset(batches, [number])
         runner = predictor.Predictor([models[row.kfold]], [threshold], config.TTA)
         mask = predictor.predict(runner, batch)[place]
-        ((image_file, mask_file),) = images.files_of([row.img])
+        ((image_file, mask_file),) = masks.files_of([row.img])
         image, truth = images.read_image(image_file), masks.read_mask(mask_file, *first.mask_rule)
         panels.append((row.kind, row.img, image, truth, mask, row.dice))
     if rank_zero_only.rank:

@@ -106,7 +106,7 @@ class CarvanaDataset(Dataset):
     def __init__(self, folds: list[int], train: bool | None = None):
         self.names = fold_table.read_folds(folds).img.tolist()
         # Kept here: a spawned worker imports config.py anew, without command line arguments.
-        self.files = images.files_of(self.names)
+        self.files = masks.files_of(self.names)
         self.seed, self.settings = config.SEED, read_settings()
         self.sizes = images.sizes_of([image for image, _ in self.files])
         augmentation = build_augmentation(config.AUGMENTATION, config.CHANNELS)
@@ -207,8 +207,8 @@ def open_cache() -> Cache:
 def cache_key(names: list[str]) -> str:
     """Digest of everything that the arrays depend on: a cache is right, or it is not found."""
     state = [READING, config.crop_size(), config.SCALE, *read_settings()]
-    for file in (file for pair in images.files_of(names) for file in pair):
-        if isinstance(file, images.Runs):
+    for file in (file for pair in masks.files_of(names) for file in pair):
+        if isinstance(file, masks.Runs):
             state.append(file.text)
         else:
             status = file.stat()
@@ -221,7 +221,7 @@ def build_cache(folder: Path, names: list[str]) -> None:
     temporary = folder.with_name(f'{folder.name}.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    pairs = images.files_of(names)
+    pairs = masks.files_of(names)
     sizes = np.array(images.sizes_of([image for image, _ in pairs]))
     starts = np.cumsum([0, *sizes.prod(1)]).tolist()
     need = starts[-1] * (config.CHANNELS + 1)

@@ -45,7 +45,7 @@ def image_names() -> list[str]:
     """Names (see files.name_of) of the training images: from TRAIN_CSV or the folder."""
     source = config.TRAIN_CSV if is_file(config.TRAIN_CSV) else config.path(config.TRAIN_PATH)
     if is_file(config.TRAIN_CSV):
-        names = [name for name, _ in images.table_rows()]
+        names = [name for name, _ in masks.table_rows()]
     else:
         names = list(list_files('TRAIN_PATH')[0])
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -61,7 +61,7 @@ def image_names() -> list[str]:
 
 def check_pairs(names: list[str]) -> None:
     """Raise config.UserMistake unless each image can be read and has a mask of its size."""
-    pairs, differ, turned, headers, lossy = images.files_of(names), [], [], [], 0
+    pairs, differ, turned, headers, lossy = masks.files_of(names), [], [], [], 0
     if not is_file(config.TRAIN_CSV):
         (image_files, other_images), (mask_files, other_masks) = map(list_files, FOLDERS)
         for constant, others in zip(FOLDERS, (other_images, other_masks)):
@@ -75,7 +75,7 @@ def check_pairs(names: list[str]) -> None:
     for name, (image_file, mask) in zip(tqdm(names, 'headers', disable=None, leave=False), pairs):
         image = images.header(image_file, images.check_bits)
         headers.append(image)
-        if isinstance(mask, images.Runs):
+        if isinstance(mask, masks.Runs):
             continue
         mask = images.header(mask)
         lossy += mask.format in masks.LOSSY
@@ -112,10 +112,10 @@ def decode_masks(names: list[str]) -> dict[str, tuple]:
     held, first, rule = {}, {}, mask_rule()
     decoded = names[:: max(1, len(names) // MASKS_DECODED)]
     for name, (_, file) in zip(
-        tqdm(decoded, 'masks', disable=None, leave=False), images.files_of(decoded)
+        tqdm(decoded, 'masks', disable=None, leave=False), masks.files_of(decoded)
     ):
         mask, palette = masks.read_with_palette(file, *rule)
-        held[name] = tuple(masks.values_in(mask))
+        held[name] = tuple(images.values_in(mask))
         for value, colour in palette.items():
             same, other = first.setdefault(value, (colour, file))
             # Objects of one class may have many colours, their background not.
@@ -166,7 +166,7 @@ def empty_share(names: list[str]) -> float:
     """The share of masks without an object among some 50 of them; 0 with several classes."""
     if config.CLASSES > 1:
         return 0
-    pairs = images.files_of(names[:: max(1, len(names) // 50)])
+    pairs = masks.files_of(names[:: max(1, len(names) // 50)])
     found = [(masks.read_mask(mask, *mask_rule()) == 1).any() for _, mask in pairs]
     return 1 - sum(found) / len(found)
 

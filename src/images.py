@@ -1,4 +1,4 @@
-"""Image files: pairs of image and mask, headers, pixels."""
+"""Image files: headers and pixels."""
 
 import os
 import re
@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image, ImageOps
 
 import config
-from files import NothingFound, first_few, is_file, list_files, name_of, read_table
 
 # One thread per worker. Set it at import: changing it in a forked worker deadlocks OpenCV.
 cv2.setNumThreads(1)
@@ -23,55 +22,6 @@ PLAIN_MODES = ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'RGBX', 'CMYK', 'YCbCr'
 LAST_BYTES = {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82', 'GIF': b';'}
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, cv2.error)
 ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap width and height
-
-
-# ------------------------------------------------------------ pairs
-class Runs(NamedTuple):
-    """Run lengths of a table in place of a mask file; '' is an image without an object."""
-
-    image: Path
-    text: str
-
-
-def table_rows() -> list[tuple[str, str | None]]:
-    """(name, run lengths or None) of the rows of TRAIN_CSV."""
-    table = read_table(config.path(config.TRAIN_CSV), ['img'], 'fix or remove it')
-    names = [name_of(cell, 'TRAIN_PATH') or cell for cell in table.img]
-    return list(zip(names, table.get('rle_mask', [None] * len(names))))
-
-
-def files_of(names) -> list[tuple[Path, Path | Runs]]:
-    """The image file and the mask (see masks.read_mask) of each training image.
-
-    Raises config.UserMistake, with what to do, if one is missing.
-    """
-    image_files, mask_files, reason = list_files('TRAIN_PATH')[0], {}, ''
-    try:
-        mask_files = list_files('MASK_PATH')[0]
-    except NothingFound as nothing:
-        reason = f'{nothing}; '
-    if not set(names) <= set(mask_files):
-        runs = dict.fromkeys(names, '' if config.EMPTY_IF_NO_MASK else None)
-        runs |= dict(table_rows() if is_file(config.TRAIN_CSV) else [])
-        named = {
-            name: text for name, text in runs.items() if text is not None and name in image_files
-        }
-        mask_files = {
-            name: Runs(image_files[name], text) for name, text in named.items()
-        } | mask_files
-    for files, constant, remedy in (
-        (image_files, 'TRAIN_PATH', 'put them back, or take them out of TRAIN_CSV, and run folds.py'),
-        (mask_files, 'MASK_PATH', 'set MASK_SUFFIX or MASK_PREFIX as masks are named, move the images '
-         'away, or say EMPTY_IF_NO_MASK=True'),
-    ):  # fmt: skip
-        missing = [name for name in names if name not in files]
-        if missing:
-            what = 'image' if constant == 'TRAIN_PATH' else 'mask'
-            raise config.UserMistake(
-                f'{reason}{len(missing)} images have no {what} file in {constant}: '
-                f'{first_few(missing)}: {remedy}'
-            )
-    return [(image_files[name], mask_files[name]) for name in names]
 
 
 # ------------------------------------------------------------ headers
@@ -261,3 +211,17 @@ def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         smaller = np.minimum(pixels.shape[:2], size).tolist()
         pixels = cv2.resize(pixels, smaller[::-1], interpolation=cv2.INTER_AREA)
     return pixels if pixels.shape[:2] == tuple(size) else cv2.resize(pixels, size[::-1])
+
+
+def nearest(values: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """Resized to (height, width) by the nearest pixel."""
+    if size is None:
+        return values
+    return cv2.resize(values, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def values_in(pixels: np.ndarray) -> list[int]:
+    """The different values of an array of whole numbers."""
+    if pixels.dtype == np.uint8:
+        return np.flatnonzero(cv2.calcHist([pixels], [0], None, [256], [0, 256])).tolist()
+    return np.unique(pixels).tolist()

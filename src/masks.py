@@ -1,6 +1,7 @@
-"""Mask files, read into class indices by one rule; Kaggle's run-length encoding."""
+"""Masks: the one that belongs to an image, read into class indices by one rule; run lengths."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -8,13 +9,61 @@ from PIL import Image, ImageOps
 
 import config
 import images
-from files import first_few
+from files import NothingFound, first_few, is_file, list_files, name_of, read_table
 
 LOSSY = ('JPEG', 'MPO', 'WEBP', 'JPEG2000')  # formats that blur a mask's values
 
 
+class Runs(NamedTuple):
+    """Run lengths of a table in place of a mask file; '' is an image without an object."""
+
+    image: Path
+    text: str
+
+
+def table_rows() -> list[tuple[str, str | None]]:
+    """(name, run lengths or None) of the rows of TRAIN_CSV."""
+    table = read_table(config.path(config.TRAIN_CSV), ['img'], 'fix or remove it')
+    names = [name_of(cell, 'TRAIN_PATH') or cell for cell in table.img]
+    return list(zip(names, table.get('rle_mask', [None] * len(names))))
+
+
+def files_of(names) -> list[tuple[Path, Path | Runs]]:
+    """The image file and the mask (see masks.read_mask) of each training image.
+
+    Raises config.UserMistake, with what to do, if one is missing.
+    """
+    image_files, mask_files, reason = list_files('TRAIN_PATH')[0], {}, ''
+    try:
+        mask_files = list_files('MASK_PATH')[0]
+    except NothingFound as nothing:
+        reason = f'{nothing}; '
+    if not set(names) <= set(mask_files):
+        runs = dict.fromkeys(names, '' if config.EMPTY_IF_NO_MASK else None)
+        runs |= dict(table_rows() if is_file(config.TRAIN_CSV) else [])
+        named = {
+            name: text for name, text in runs.items() if text is not None and name in image_files
+        }
+        mask_files = {
+            name: Runs(image_files[name], text) for name, text in named.items()
+        } | mask_files
+    for files, constant, remedy in (
+        (image_files, 'TRAIN_PATH', 'put them back, or take them out of TRAIN_CSV, and run folds.py'),
+        (mask_files, 'MASK_PATH', 'set MASK_SUFFIX or MASK_PREFIX as masks are named, move the images '
+         'away, or say EMPTY_IF_NO_MASK=True'),
+    ):  # fmt: skip
+        missing = [name for name in names if name not in files]
+        if missing:
+            what = 'image' if constant == 'TRAIN_PATH' else 'mask'
+            raise config.UserMistake(
+                f'{reason}{len(missing)} images have no {what} file in {constant}: '
+                f'{first_few(missing)}: {remedy}'
+            )
+    return [(image_files[name], mask_files[name]) for name in names]
+
+
 def read_mask(
-    file: Path | images.Runs, classes=1, ignore_index=None, colours=None, size=None
+    file: Path | Runs, classes=1, ignore_index=None, colours=None, size=None
 ) -> np.ndarray:
     """Decode a mask, turned as viewers show it, into class indices, by one rule:
 
@@ -39,7 +88,7 @@ def read_mask(
     return read_with_palette(file, classes, ignore_index, colours, size)[0]
 
 
-def read_pair(image_file: Path, mask_file: Path | images.Runs, size, channels, *mask_rule) -> tuple:
+def read_pair(image_file: Path, mask_file: Path | Runs, size, channels, *mask_rule) -> tuple:
     """An image, uint8 (H, W, channels), and its mask, uint8 (H, W), both resized to `size`."""
     image = images.read_image(image_file, channels, size)
     return image, read_mask(mask_file, *mask_rule, size)
@@ -47,19 +96,19 @@ def read_pair(image_file: Path, mask_file: Path | images.Runs, size, channels, *
 
 def read_with_palette(file, classes, ignore_index, colours, size=None) -> tuple[np.ndarray, dict]:
     """What read_mask returns, and the colour of each class if a palette decided by its indices."""
-    if isinstance(file, images.Runs):
+    if isinstance(file, Runs):
         try:
             values = rle_decode(file.text, images.header(file.image).size)
         except ValueError as error:
             raise config.UserMistake(f'{file.image}: rle_mask in TRAIN_CSV: {error}') from None
-        return nearest(values, size), {}
+        return images.nearest(values, size), {}
     palette = {}
     with images.opened(file) as image:
         if colours:
             values = values_of_colours(file, image, colours, ignore_index, size)
         else:
             values, palette = stored_values(file, image, classes, ignore_index, size)
-    present = {value for value in values_in(values) if value != ignore_index}
+    present = {value for value in images.values_in(values) if value != ignore_index}
     tops = (1, 255, 65535) if classes <= 2 else ()
     legal = [{0, top} for top in tops] or [set(range(classes))]
     if not any(present <= allowed for allowed in legal):
@@ -103,8 +152,10 @@ def stored_values(file, image: Image.Image, classes: int, ignore_index, size) ->
                 f'{file}: {between:.0%} of the mask values, blurred by {form}, lie from 64 to 191: save '
                 'masks as PNG, 0 and 255'
             )
-        return nearest((values >= 128).view(np.uint8), size), {}
-    values = nearest(np.array(image), size)  # before palettes are looked up: that takes its time
+        return images.nearest((values >= 128).view(np.uint8), size), {}
+    values = images.nearest(
+        np.array(image), size
+    )  # before palettes are looked up: that takes its time
     if image.mode == 'P':
         return palette_values(values, palette, classes, ignore_index, form)
     if image.mode == 'RGB':
@@ -133,7 +184,7 @@ def stored_values(file, image: Image.Image, classes: int, ignore_index, size) ->
 def palette_values(values, palette, classes: int, ignore_index, form) -> tuple[np.ndarray, dict]:
     """Class indices, uint8, and value -> colour, from palette indices (see read_mask)."""
     palette = np.pad(palette, ((0, 256 - len(palette)), (0, 0)))
-    used = [value for value in values_in(values) if value != ignore_index]
+    used = [value for value in images.values_in(values) if value != ignore_index]
     black = [value for value in range(256) if not palette[value].any()]
     colours = {tuple(palette[value].tolist()) for value in used}
     decides = (0, 0, 0) in colours or colours == {(255, 255, 255)}
@@ -152,7 +203,7 @@ def palette_values(values, palette, classes: int, ignore_index, form) -> tuple[n
 def values_of_colours(file, image: Image.Image, colours, ignore_index, size) -> np.ndarray:
     """Class indices (height, width), int32, from colours, one per class."""
     ImageOps.exif_transpose(image, in_place=True)
-    channels = nearest(np.array(image.convert('RGB')), size).astype(np.int32)
+    channels = images.nearest(np.array(image.convert('RGB')), size).astype(np.int32)
     codes = channels @ [65536, 256, 1]
     values = np.full(codes.shape, -1, np.int32)
     for index, (red, green, blue) in enumerate(colours):
@@ -166,20 +217,6 @@ def values_of_colours(file, image: Image.Image, colours, ignore_index, size) -> 
         )
     values[other] = -1 if ignore_index is None else ignore_index
     return values
-
-
-def nearest(values: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
-    """Resized to (height, width) by the nearest pixel."""
-    if size is None:
-        return values
-    return cv2.resize(values, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
-
-
-def values_in(pixels: np.ndarray) -> list[int]:
-    """The different values of an array of whole numbers."""
-    if pixels.dtype == np.uint8:
-        return np.flatnonzero(cv2.calcHist([pixels], [0], None, [256], [0, 256])).tolist()
-    return np.unique(pixels).tolist()
 
 
 def rle_encode(mask: np.ndarray) -> str:

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 import config
 import dataset
 import folds
-import images
 import masks
 import predictor
 from dataset import CarvanaDataset, EpochSampler
@@ -38,7 +37,7 @@ def test_items_are_eight_bit_tensors(prepared):
 
 def test_validation_items_are_only_resized(prepared):
     data = CarvanaDataset([3])
-    image_file, mask_file = images.files_of([data.names[1]])[0]
+    image_file, mask_file = masks.files_of([data.names[1]])[0]
     image = cv2.resize(np.array(Image.open(image_file)), (32, 32))
     assert np.abs(data[1]['image'].permute(1, 2, 0).numpy().astype(int) - image).max() <= 3
     assert np.array_equal(data[1]['mask'].numpy(), masks.read_mask(mask_file, size=(32, 32)))
@@ -195,10 +194,10 @@ def test_cache_is_built_once_and_again_when_something_changes(prepared):
     assert (first / 'images.npy').stat().st_mtime_ns == written
     image, new_mask = draw_ellipse(np.random.default_rng(9))
     name = folds.read_folds().img[0]
-    save_mask_gif(images.files_of([name])[0][1], new_mask)
+    save_mask_gif(masks.files_of([name])[0][1], new_mask)
     assert np.array_equal(
         dataset.open_cache().load(name)[1],
-        masks.read_mask(images.files_of([name])[0][1], size=(32, 32)),
+        masks.read_mask(masks.files_of([name])[0][1], size=(32, 32)),
     )
     assert len(caches()) == 2
     config.CROP_SIZE = 16
@@ -220,7 +219,7 @@ def test_a_cache_that_was_being_built_is_not_trusted(prepared, monkeypatch):
 
 def test_batches_to_predict(prepared):
     config.VAL_BATCH_SIZE = 2
-    files = images.files_of(folds.read_folds().img[:3])
+    files = masks.files_of(folds.read_folds().img[:3])
     image_files, mask_files = zip(*files)
     batches = predictor.ImageBatches(image_files, model_of((16, 32, 1)), mask_files)
     assert [len(batches[number]['img']) for number in range(len(batches))] == [2, 1]
