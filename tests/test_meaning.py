@@ -436,8 +436,8 @@ ALPHA.putalpha(Image.fromarray(255 * MASK))
 COLOURED = np.uint8([BLACK, RED])[MASK]
 # Row -> what to save, its ending, keywords of read_mask; then what comes of it for 1 and 3 classes.
 TABLE = {
-    'grey, 0 and 1': (MASK, '.png', {}, MASK, MASK),
-    'grey, 0 and 255; 1 bit; 16 bits with 65535': (
+    'grey, 0 and 1; 1 bit': (MASK, '.png', {}, MASK, MASK),
+    'grey, 0 and 255; 16 bits with 65535': (
         MASK.astype(np.uint16) * 65535, '.png', {}, MASK, None),
     'grey of 2 or 4 bits; whole numbers of 16 or 32 bits, or floating': (
         MASK.astype(np.float32), '.tif', {}, MASK, MASK),
