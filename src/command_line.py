@@ -37,8 +37,8 @@ RULES = {
     'IGNORE_INDEX': ('None or a whole number; if CLASSES is 1 or 2, 0 and 1 are the classes',
                      lambda v: config.CLASSES > 2 or v not in (0, 1)),
     'MASK_COLOURS': ('None or [(r, g, b), ...], each from 0 to 255, one per class, and two if CLASSES=1',
-                     lambda v: v is None or len(v) == max(2, config.CLASSES) == sum(
-                         len(c) == 3 and set(c) <= set(range(256)) for c in v)),
+                     lambda v: v is None or len(v) == len({*map(tuple, v)}) == max(2, config.CLASSES)
+                     == sum(len(c) == 3 and set(c) <= set(range(256)) for c in v)),
     'IMAGE_PREFIX': ('text', lambda v: True),
     'MASK_PREFIX': ('text', lambda v: True),
     'N_FOLDS': ('a whole number from 2 up', lambda v: v >= 2),

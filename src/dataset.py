@@ -83,6 +83,12 @@ def seed_augmentation(augment: A.Compose, text: str) -> None:
         transform.set_random_seed(zlib.crc32(f'{text} {position}'.encode()))
 
 
+def read_pair(image_file: Path, mask_file: Path | masks.Runs, size, channels, *mask_rule) -> tuple:
+    """An image, uint8 (H, W, channels), and its mask, uint8 (H, W), both resized to `size`."""
+    image = images.read_image(image_file, channels, size)
+    return image, masks.read_mask(mask_file, *mask_rule, size)
+
+
 def read_settings() -> tuple:
     """The constants that decide how pairs are read: the last arguments of read_pair."""
     return config.CHANNELS, *fold_table.mask_rule()
@@ -110,8 +116,9 @@ class CarvanaDataset(Dataset):
         self.seed, self.settings = config.SEED, read_settings()
         self.sizes = images.sizes_of([image for image, _ in self.files])
         augmentation = build_augmentation(config.AUGMENTATION, config.CHANNELS)
-        self.augment = augmentation if (len(folds) > 1 if train is None else train) else None
-        self.crop = config.crop_size() if self.augment and config.SCALE is not None else None
+        train = len(folds) > 1 if train is None else train
+        self.augment = augmentation if train else None
+        self.crop = config.crop_size() if train and config.SCALE is not None else None
         tiles = [round(h * w / np.prod(self.crop)) if self.crop else 1 for h, w in self.sizes]
         self.crops = [(row, n) for row, count in enumerate(tiles) for n in range(max(1, count))]
         self.ignored = masks.ignored_value(config.IGNORE_INDEX)
@@ -128,7 +135,7 @@ class CarvanaDataset(Dataset):
         epoch, (index, number) = item[0], self.crops[item[1]]
         name = self.names[index]
         if self.cache is None:
-            image, mask = masks.read_pair(*self.files[index], self.sizes[index], *self.settings)
+            image, mask = read_pair(*self.files[index], self.sizes[index], *self.settings)
         else:
             image, mask = self.cache.load(name)
         text = f'{self.seed} {epoch} {name}' + f' {number}' * (number > 0)
@@ -238,7 +245,7 @@ def build_cache(folder: Path, names: list[str]) -> None:
         classes = new_array(temporary / 'masks.npy', shape=(starts[-1],))
 
         def write(row: int) -> None:
-            image, mask = masks.read_pair(*pairs[row], tuple(sizes[row].tolist()), *read_settings())
+            image, mask = read_pair(*pairs[row], tuple(sizes[row].tolist()), *read_settings())
             place = slice(starts[row], starts[row + 1])
             pixels[place], classes[place] = image.reshape(-1, config.CHANNELS), mask.ravel()
 

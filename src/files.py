@@ -1,6 +1,7 @@
 """Files: found by their names, written whole or not at all, locked; tables; models.csv."""
 
 import os
+import re
 import tempfile
 import unicodedata
 from collections import Counter
@@ -145,9 +146,16 @@ def name_of(file: str, constant: str) -> str | None:
     suffixes = [suffixes] if isinstance(suffixes, str) else suffixes
     for suffix in sorted(suffixes, key=len, reverse=True):
         stem = base[: len(base) - len(suffix)]
-        if base.lower().endswith(suffix.lower()) and stem.startswith(prefix) and stem != prefix:
-            return folder + slash + stem.removeprefix(prefix)
+        fits = base.lower().endswith(suffix.lower()) and stem.startswith(prefix)
+        if fits and (stem != prefix or folder):  # x/image.png may be the image x
+            return (folder + slash + stem.removeprefix(prefix)).rstrip('/')
     return None
+
+
+def name_in_table(cell: str, constant: str) -> str:
+    """The name in a table's cell, which may be without prefix and ending."""
+    cell = unicodedata.normalize('NFC', cell.strip().replace('\\', '/'))
+    return name_of(cell, constant) or cell
 
 
 def walk(folder: Path) -> list[str]:
@@ -155,6 +163,8 @@ def walk(folder: Path) -> list[str]:
     found, names = [], (*NAMING, 'OUTPUT', 'LOGS_PATH')
     other = [config.path(getattr(config, name)) for name in names]
     for parent, folders, files in os.walk(folder, followlinks=True):
+        if len(Path(parent).parts) > len(folder.parts) + 8:  # a link that leads back
+            raise config.UserMistake(f'{parent}: too deep in {folder}: remove the link')
         folders[:] = [f for f in folders if f[0] != '.' and Path(parent, f) not in other]
         inside = Path(parent).relative_to(folder)
         found += [(inside / file).as_posix() for file in files if file[0] != '.']
@@ -194,10 +204,10 @@ def list_files(constant: str) -> tuple[dict[str, Path], list[str]]:
     if not named:
         endings = Counter(Path(file).suffix or 'no suffix' for file in relative).most_common(4)
         there = ', '.join(f'{count} {ending}' for ending, count in endings) or 'it is empty'
-        expected = getattr(config, suffix)
-        raise NothingFound(
-            f'{folder}: no file *{expected}, but {there}: set {constant} or {suffix}'
-        )
+        prefix = NAMING[constant][0]
+        expected, given = getattr(config, suffix), getattr(config, prefix or '', '')
+        remedy = f'{constant}, {prefix} or {suffix}' if given else f'{constant} or {suffix}'
+        raise NothingFound(f'{folder}: no file {given}*{expected}, but {there}: set {remedy}')
     others = [f for f in others if not name_of(f, 'TRAIN_PATH') and not name_of(f, 'MASK_PATH')]
     others = [f for f in others if f.lower().endswith(ENDINGS)]
     return {name: folder / files[0] for name, files in sorted(named.items())}, others
@@ -218,7 +228,7 @@ def further_mask_of(file: str) -> str | None:
     suffixes = [suffixes] if isinstance(suffixes, str) else suffixes
     for stem in (suffix.rpartition('.')[0] for suffix in suffixes):
         name, found, rest = file.rpartition('.')[0].rpartition(stem or '/')
-        if stem and found and rest:
+        if stem and found and re.fullmatch(r'[-_ ]?\(?\d+\)?', rest):
             return name
     return None
 

@@ -27,7 +27,6 @@ import images
 import masks
 from files import first_few, is_file, list_files, markdown, read_table, tell_others, write_table
 
-FOLDERS = ('TRAIN_PATH', 'MASK_PATH')
 MASKS_DECODED = 500  # of more masks, this many are decoded here; the first epoch meets the others
 
 
@@ -43,16 +42,20 @@ def main() -> None:
 
 def image_names() -> list[str]:
     """Names (see files.name_of) of the training images: from TRAIN_CSV or the folder."""
-    source = config.TRAIN_CSV if is_file(config.TRAIN_CSV) else config.path(config.TRAIN_PATH)
-    if is_file(config.TRAIN_CSV):
-        names = [name for name, _ in masks.table_rows()]
-    else:
-        names = list(list_files('TRAIN_PATH')[0])
+    table = is_file(config.TRAIN_CSV)
+    if not table and config.TRAIN_CSV not in (None, f'{config.INPUT}/train_masks.csv'):
+        raise config.UserMistake(f'TRAIN_CSV={config.TRAIN_CSV}: no such file')
+    source = config.TRAIN_CSV if table else config.path(config.TRAIN_PATH)
+    rows = masks.table_rows() if table else [(name, '') for name in list_files('TRAIN_PATH')[0]]
+    names = [name for name, _ in rows]
     twice = [name for name, count in Counter(names).items() if count > 1]
     for wrong, what in (
         (not names, 'no image in it'),
         (not all(names), 'a cell of img is empty: remove the row'),
-        (twice, f'images are listed more than once: {first_few(twice)}: remove the other rows'),
+        (
+            twice,
+            f'listed twice: {first_few(twice)}: leave one row of each, with all its run lengths',
+        ),
     ):
         if wrong:
             raise config.UserMistake(f'{source}: {what}')
@@ -63,10 +66,10 @@ def check_pairs(names: list[str]) -> None:
     """Raise config.UserMistake unless each image can be read and has a mask of its size."""
     pairs, differ, turned, headers, lossy = masks.files_of(names), [], [], [], 0
     if not is_file(config.TRAIN_CSV):
-        (image_files, other_images), (mask_files, other_masks) = map(list_files, FOLDERS)
-        for constant, others in zip(FOLDERS, (other_images, other_masks)):
+        found = {constant: list_files(constant) for constant in ('TRAIN_PATH', 'MASK_PATH')}
+        for constant, (_, others) in found.items():
             tell_others(constant, others, 'left out')
-        unpaired = sorted(set(mask_files) - set(image_files))
+        unpaired = sorted(set(found['MASK_PATH'][0]) - set(found['TRAIN_PATH'][0]))
         if unpaired:
             raise config.UserMistake(
                 f'{len(unpaired)} masks have no image in TRAIN_PATH: {first_few(unpaired)}: set '
@@ -109,12 +112,11 @@ def decode_masks(names: list[str]) -> dict[str, tuple]:
 
     Returns: name -> the classes that its mask holds.
     """
-    held, first, rule = {}, {}, mask_rule()
-    decoded = names[:: max(1, len(names) // MASKS_DECODED)]
+    held, first, decoded = {}, {}, names[:: -(-len(names) // MASKS_DECODED)]
     for name, (_, file) in zip(
         tqdm(decoded, 'masks', disable=None, leave=False), masks.files_of(decoded)
     ):
-        mask, palette = masks.read_with_palette(file, *rule)
+        mask, palette = masks.read_with_palette(file, *mask_rule())
         held[name] = tuple(images.values_in(mask))
         for value, colour in palette.items():
             same, other = first.setdefault(value, (colour, file))

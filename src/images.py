@@ -76,18 +76,24 @@ def white(image: Image.Image) -> int:
     """
     raw = image.tile[0][3] if image.tile else ''
     raw, *rest = raw if isinstance(raw, tuple) else (raw,)
-    if image.format == 'PPM' and rest:
-        return rest[0]
+    if image.format == 'PPM':
+        return rest[0] if image.tile[0][0] == 'ppm' else 65535 if image.mode == 'I' else 255
     bits = re.search(r';(\d+)', str(raw)) if image.format in ('PNG', 'TIFF') else None
     return 2 ** int(bits[1]) - 1 if bits and image.mode not in ('1', 'P') else 255
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's orientation, or XMP's, from 1 to 8; 1 if there is none."""
+    turned = image.getexif().get(ORIENTATION, 1)
+    return turned if turned in range(1, 9) else 1
 
 
 def check_bits(file, image: Image.Image) -> None:
     """Raise config.UserMistake for pixels that do not fit into 8 bits per channel."""
     if image.mode not in PLAIN_MODES or white(image) > 255:
         raise config.UserMistake(
-            f'{file}: {image.mode} pixels of more than 8 bits: save the range that holds the picture '
-            'in 8'
+            f'{file}: {image.mode} pixels, or more than 8 bits per channel: save the range that holds '
+            'the picture as RGB or grey with 8'
         )
 
 
@@ -95,7 +101,9 @@ def header(file, check=lambda file, image: None) -> Header:
     """The Header of an image file that is not truncated and passes a check."""
     with opened(file) as image:
         check(file, image)
-        turned = image.getexif().get(ORIENTATION, 1)
+        if image.format != 'MPO' and getattr(image, 'is_animated', False):
+            raise config.UserMistake(f'{file}: it moves: save one picture of it')
+        turned = orientation(image)
         # Pillow opens a TIFF with its sides already swapped.
         swapped = turned >= 5 and image.format != 'TIFF'
         size = image.size if swapped else image.size[::-1]
@@ -139,10 +147,10 @@ def read_with_size(file, channels: int, size: tuple | None, scale: float | None 
         data = Path(file).read_bytes() if image.format == 'JPEG' else b''
         # OpenCV decodes JPEGs fastest, but fills the missing part of a truncated one with grey.
         if data.endswith(LAST_BYTES['JPEG']) and image.mode in ('RGB', 'L'):
-            turned = image.getexif().get(ORIENTATION, 1) >= 5
-            own_size = image.size if turned else image.size[::-1]
+            turned = orientation(image)
+            own_size = image.size if turned >= 5 else image.size[::-1]
             wanted = size and scaled(own_size, size, scale)
-            pixels = decode_jpeg(data, channels, own_size, wanted)
+            pixels = decode_jpeg(data, channels, own_size, wanted, turned)
         else:
             ImageOps.exif_transpose(image, in_place=True)
             pixels = np.array(image.convert('RGB' if channels == 3 else 'L'))
@@ -152,7 +160,7 @@ def read_with_size(file, channels: int, size: tuple | None, scale: float | None 
     return pixels.reshape(*pixels.shape[:2], channels), own_size
 
 
-def decode_jpeg(data: bytes, channels: int, own_size: tuple, size: tuple | None) -> np.ndarray:
+def decode_jpeg(data: bytes, channels: int, own_size: tuple, size, turned: int = 1) -> np.ndarray:
     """The pixels of a JPEG by OpenCV, at 1/8, 1/4 or 1/2 of its size if that covers `size`.
 
     Only where it divides the sides: else the picture would be shifted against its mask.
@@ -164,9 +172,14 @@ def decode_jpeg(data: bytes, channels: int, own_size: tuple, size: tuple | None)
     )
     divisor, kind = next(fits, 1), 'COLOR' if channels == 3 else 'GRAYSCALE'
     flag = f'IMREAD_REDUCED_{kind}_{divisor}' if divisor > 1 else f'IMREAD_{kind}'
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), getattr(cv2, flag))
+    flag = getattr(cv2, flag) | cv2.IMREAD_IGNORE_ORIENTATION  # OpenCV knows EXIF's, but not XMP's
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
     if pixels is None:
         raise ValueError('its JPEG data are damaged')
+    if turned >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    down, across = -1 if turned in (3, 4, 7, 8) else 1, -1 if turned in (2, 3, 6, 7) else 1
+    pixels = np.ascontiguousarray(pixels[::down, ::across])
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if channels == 3 else pixels
 
 

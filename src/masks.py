@@ -9,9 +9,9 @@ from PIL import Image, ImageOps
 
 import config
 import images
-from files import NothingFound, first_few, is_file, list_files, name_of, read_table
+from files import NothingFound, first_few, is_file, list_files, name_in_table, read_table
 
-LOSSY = ('JPEG', 'MPO', 'WEBP', 'JPEG2000')  # formats that blur a mask's values
+LOSSY = ('JPEG', 'MPO')  # formats that blur a mask's values
 
 
 class Runs(NamedTuple):
@@ -24,7 +24,7 @@ class Runs(NamedTuple):
 def table_rows() -> list[tuple[str, str | None]]:
     """(name, run lengths or None) of the rows of TRAIN_CSV."""
     table = read_table(config.path(config.TRAIN_CSV), ['img'], 'fix or remove it')
-    names = [name_of(cell, 'TRAIN_PATH') or cell for cell in table.img]
+    names = [name_in_table(cell, 'TRAIN_PATH') for cell in table.img]
     return list(zip(names, table.get('rle_mask', [None] * len(names))))
 
 
@@ -40,7 +40,8 @@ def files_of(names) -> list[tuple[Path, Path | Runs]]:
         reason = f'{nothing}; '
     if not set(names) <= set(mask_files):
         runs = dict.fromkeys(names, '' if config.EMPTY_IF_NO_MASK else None)
-        runs |= dict(table_rows() if is_file(config.TRAIN_CSV) else [])
+        rows = table_rows() if is_file(config.TRAIN_CSV) else []
+        runs |= {name: text for name, text in rows if text is not None}
         named = {
             name: text for name, text in runs.items() if text is not None and name in image_files
         }
@@ -59,12 +60,13 @@ def files_of(names) -> list[tuple[Path, Path | Runs]]:
                 f'{reason}{len(missing)} images have no {what} file in {constant}: '
                 f'{first_few(missing)}: {remedy}'
             )
-    return [(image_files[name], mask_files[name]) for name in names]
+    pairs = [(image_files[name], mask_files[name]) for name in names]
+    if any(image == mask for image, mask in pairs):
+        raise config.UserMistake('the images are their own masks: set MASK_PATH or MASK_SUFFIX')
+    return pairs
 
 
-def read_mask(
-    file: Path | Runs, classes=1, ignore_index=None, colours=None, size=None
-) -> np.ndarray:
+def read_mask(file, classes=1, ignore_index=None, colours=None, size=None) -> np.ndarray:
     """Decode a mask, turned as viewers show it, into class indices, by one rule:
 
     - The values are those stored: grey levels, 1-bit values, or palette indices. With one class
@@ -72,35 +74,33 @@ def read_mask(
       them. RGB(A) must be grey. Alpha is left out, unless it alone holds the picture.
     - With `colours`, one (r, g, b) per class (background and foreground for one class), a pixel's
       class is that of its colour.
-    - Values equal to `ignore_index`, and with it colours that are not listed, become
-      `ignored_value`.
+    - `ignore_index`, and with it colours that are not listed, become `ignored_value`.
     - With one class (or two) 0 is background and 1 or 255 (65535 in 16 bits) foreground. In a JPEG,
       whose values must gather at both ends, it is 128 and above.
     - With more, values are class indices from 0 to classes - 1.
 
     Args:
+        file: a mask file, or Runs.
         size: (height, width) to resize to, by the nearest pixel; None: the mask's own size.
 
     Returns: uint8 (height, width).
 
-    Raises config.UserMistake for anything else, naming the file and its values.
+    Raises config.UserMistake for anything else, naming the file.
     """
     return read_with_palette(file, classes, ignore_index, colours, size)[0]
-
-
-def read_pair(image_file: Path, mask_file: Path | Runs, size, channels, *mask_rule) -> tuple:
-    """An image, uint8 (H, W, channels), and its mask, uint8 (H, W), both resized to `size`."""
-    image = images.read_image(image_file, channels, size)
-    return image, read_mask(mask_file, *mask_rule, size)
 
 
 def read_with_palette(file, classes, ignore_index, colours, size=None) -> tuple[np.ndarray, dict]:
     """What read_mask returns, and the colour of each class if a palette decided by its indices."""
     if isinstance(file, Runs):
         try:
-            values = rle_decode(file.text, images.header(file.image).size)
+            text = '' if file.text.strip() == '-1' else file.text  # some tables' empty mask
+            values = rle_decode(text, images.header(file.image).size)
         except ValueError as error:
-            raise config.UserMistake(f'{file.image}: rle_mask in TRAIN_CSV: {error}') from None
+            raise config.UserMistake(
+                f'{file.image}: rle_mask in TRAIN_CSV: {error}; write "start length" '
+                'pairs, counted from 1 along the rows'
+            ) from None
         return images.nearest(values, size), {}
     palette = {}
     with images.opened(file) as image:
@@ -138,24 +138,30 @@ def stored_values(file, image: Image.Image, classes: int, ignore_index, size) ->
     palette = np.array(image.getpalette('RGB') or [], np.uint8).reshape(-1, 3)
     if image.mode in ('LA', 'PA', 'RGBA'):
         *visible, (lowest, _) = image.convert('RGBA').getextrema()
-        constant = all(low == high for low, high in visible)
-        image = image.getchannel('A') if constant and lowest < 255 else image.convert('RGB')
+        constant, alpha = all(low == high for low, high in visible), image.getchannel('A')
+        shown, grey = np.array(alpha) > 127, np.array(image.convert('RGB').convert('L')) > 0
+        if not constant and not shown.all() and not np.array_equal(shown, grey):
+            raise config.UserMistake(
+                f'{file}: its colours and its alpha channel are different masks: save one of them'
+            )
+        image = alpha if constant and lowest < 255 else image.convert('RGB')
     if image.mode not in ('1', 'L', 'P', 'RGB', 'I', 'F'):
         image = image.convert('I' if image.mode.startswith('I;16') else 'RGB')
     if image.mode == 'RGB' and white > 255:
         raise config.UserMistake(f'{file}: colours of 16 bits: save it in 8 bits per channel')
-    if form in LOSSY and classes <= 2:
-        values = np.array(image.convert('L'))
+    if form in LOSSY:
+        channels = np.array(image.convert('RGB'))
+        values = channels[..., 0]
         between = cv2.calcHist([values], [0], None, [256], [0, 256])[64:192].sum() / values.size
-        if between > 0.02:
+        one_end, coloured = 1 < values.max() < 192, np.ptp(channels, 2).max() > 96
+        if classes > 2 or between > 0.02 or one_end or coloured:
             raise config.UserMistake(
-                f'{file}: {between:.0%} of the mask values, blurred by {form}, lie from 64 to 191: save '
-                'masks as PNG, 0 and 255'
+                f'{file}: {form} blurs masks. It is read as 0 and 255 where all values are near them '
+                f'and CLASSES=1, but {between:.0%} lie from 64 to 191, the largest is {values.max()}: '
+                'save masks as PNG'
             )
         return images.nearest((values >= 128).view(np.uint8), size), {}
-    values = images.nearest(
-        np.array(image), size
-    )  # before palettes are looked up: that takes its time
+    values = images.nearest(np.array(image), size)  # first: what follows takes its time
     if image.mode == 'P':
         return palette_values(values, palette, classes, ignore_index, form)
     if image.mode == 'RGB':
@@ -176,18 +182,23 @@ def stored_values(file, image: Image.Image, classes: int, ignore_index, size) ->
         values = values.astype(np.uint8)
     if image.mode == 'L' and signed:
         values = values.view(np.int8)
-    if white < 255 or form == 'PPM':  # undo Pillow's scaling
-        values = np.rint(values * (white / (65535 if image.mode == 'I' else 255))).astype(int)
+    if white < 255 or form == 'PPM':  # undo Pillow's scaling, but for black and white
+        if classes > 2 or not set(images.values_in(values)) <= {0, 255}:
+            values = np.rint(values * (white / (65535 if image.mode == 'I' else 255))).astype(int)
     return values, {}
 
 
 def palette_values(values, palette, classes: int, ignore_index, form) -> tuple[np.ndarray, dict]:
     """Class indices, uint8, and value -> colour, from palette indices (see read_mask)."""
-    palette = np.pad(palette, ((0, 256 - len(palette)), (0, 0)))
+    given, palette = len(palette), np.pad(palette, ((0, 256 - len(palette)), (0, 0)))
     used = [value for value in images.values_in(values) if value != ignore_index]
     black = [value for value in range(256) if not palette[value].any()]
     colours = {tuple(palette[value].tolist()) for value in used}
-    decides = (0, 0, 0) in colours or colours == {(255, 255, 255)}
+    # Colours decide where they tell the used indices apart. White alone is the object of a palette
+    # that has black for the background.
+    white = colours == {(255, 255, 255)} and any(value < given for value in black)
+    decides = len(colours) == len(used) and max(used, default=0) < given
+    decides = decides and ((0, 0, 0) in colours or white)
     if classes <= 2 and decides and len(colours - {(0, 0, 0)}) < 2:
         table = np.ones(256, np.uint8)
         table[black] = 0
@@ -202,6 +213,8 @@ def palette_values(values, palette, classes: int, ignore_index, form) -> tuple[n
 
 def values_of_colours(file, image: Image.Image, colours, ignore_index, size) -> np.ndarray:
     """Class indices (height, width), int32, from colours, one per class."""
+    if images.white(image) > 255:
+        raise config.UserMistake(f'{file}: colours of 16 bits: save it in 8 bits per channel')
     ImageOps.exif_transpose(image, in_place=True)
     channels = images.nearest(np.array(image.convert('RGB')), size).astype(np.int32)
     codes = channels @ [65536, 256, 1]

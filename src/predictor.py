@@ -43,7 +43,8 @@ def list_test_files() -> list[Path]:
     folder, names = config.TEST_PATH, list(found)
     if files.is_file(config.TEST_CSV):
         table = files.read_table(config.path(config.TEST_CSV), ['img'], 'fix or remove it')
-        asked = [files.name_of(cell, 'TEST_PATH') or cell for cell in table.img.drop_duplicates()]
+        cells = table.img.drop_duplicates()
+        asked = [files.name_in_table(cell, 'TEST_PATH') for cell in cells]
         missing, extra = sorted(set(asked) - set(names)), sorted(set(names) - set(asked))
         if len(missing) == len(asked):
             runtime.print_once(f'{config.TEST_CSV} lists no image of {folder}: all are predicted')

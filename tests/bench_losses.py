@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'src'))
 
 import config
+import dataset
 import dice_loss
 import metrics
 import model_dispatcher
@@ -34,7 +35,7 @@ def load(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     images, masks = [], []
     for file in sorted((folder / 'train_hq').iterdir()):
         mask_file = folder / 'train_masks' / f'{file.stem}_mask.gif'
-        image, mask = masks.read_pair(file, mask_file, SIZE, 3, 1, None)
+        image, mask = dataset.read_pair(file, mask_file, SIZE, 3, 1, None)
         images.append(torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1)
         masks.append(torch.from_numpy(mask))
     return torch.stack(images), torch.stack(masks)

@@ -210,7 +210,7 @@ def test_a_cache_that_was_being_built_is_not_trusted(prepared, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(masks, 'read_pair', fail)
+        patch.setattr(dataset, 'read_pair', fail)
         with pytest.raises(KeyboardInterrupt):
             dataset.open_cache()
     assert not list(config.path(config.OUTPUT).glob('cache/*'))

@@ -86,7 +86,7 @@ def test_a_mask_turned_as_its_image_fits_and_one_that_is_not_is_told(own, capsys
     for number in range(4):
         own(f'{number}', mask=255 * MASK, **turned(6), mask_options=turned(6))
     decide()
-    image, mask = masks.read_pair(*masks.files_of(['0'])[0], (30, 20), *dataset.read_settings())
+    image, mask = dataset.read_pair(*masks.files_of(['0'])[0], (30, 20), *dataset.read_settings())
     assert np.array_equal(image[..., 0] > 60, mask == 1) and mask.any()
     own('0', **turned(6))
     with pytest.raises(config.UserMistake, match=r'0: EXIF turns one .*6 and 1.*exif_transpose'):
@@ -96,6 +96,17 @@ def test_a_mask_turned_as_its_image_fits_and_one_that_is_not_is_told(own, capsys
     capsys.readouterr()
     decide()
     assert '4 images are turned by EXIF and their masks are not' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('orientation', [3, 6])
+def test_a_jpeg_turned_by_xmp_alone(tmp_path, orientation):
+    xmp = f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{orientation}"/></rdf:RDF></x:xmpmeta>'  # noqa: E501
+    file = tmp_path / 'a.jpg'
+    Image.fromarray(255 * MASK).save(file, quality=100, xmp=xmp.encode())
+    shown = np.rot90(MASK, 2 if orientation == 3 else -1)
+    assert images.header(file).size == shown.shape
+    assert np.array_equal(images.read_image(file, 1)[..., 0] > 127, shown)
+    assert np.array_equal(masks.read_mask(file), shown)
 
 
 # ------------------------------------------------------------ B. bits, sign, pages, fractions, alpha
@@ -167,12 +178,23 @@ def test_an_ignored_value_above_8_bits_and_whole_numbers_as_floats(tmp_path):
     assert np.array_equal(masks.read_mask(tmp_path / 'm.tif'), MASK)
 
 
+def test_values_of_a_16_bit_pgm_and_white_of_two_bits(tmp_path):
+    cv2.imwrite(str(tmp_path / 'm.pgm'), MASK.astype(np.uint16))
+    write_png(tmp_path / 'm.png', 3 * MASK, 2)
+    for name in ('m.pgm', 'm.png'):
+        assert np.array_equal(masks.read_mask(tmp_path / name), MASK)
+
+
 def test_pages_are_refused(tmp_path):
     page = Image.fromarray(MASK)
     page.save(tmp_path / 'm.tif', save_all=True, append_images=[page, page])
     for read in (masks.read_mask, images.read_image, images.header):
         with pytest.raises(config.UserMistake, match=r'm\.tif: a TIFF of 3 pages'):
             read(tmp_path / 'm.tif')
+    other = Image.fromarray(1 - MASK)
+    page.save(tmp_path / 'm.gif', save_all=True, append_images=[other])
+    with pytest.raises(config.UserMistake, match=r'm\.gif: it moves'):
+        images.header(tmp_path / 'm.gif')
 
 
 @pytest.mark.parametrize('colour', [0, 255])
@@ -243,6 +265,44 @@ def test_colours_by_a_list(tmp_path):
     assert np.array_equal(masks.read_mask(file, colours=[(255, 255, 255), BLACK]), 1 - MASK)
 
 
+def test_a_palette_decides_only_where_it_tells_indices_apart(tmp_path):
+    file = tmp_path / 'm.png'
+    palette(0 * MASK, (255, 255, 255), RED).save(file)  # a white background alone
+    assert not masks.read_mask(file).any()
+    palette(MASK, BLACK, (255, 255, 255)).save(file)
+    assert np.array_equal(masks.read_mask(file), MASK)
+    Image.fromarray(MASK).convert('P').save(file)
+    picture = Image.fromarray(MASK, mode='P') if hasattr(Image, 'fromarray') else None
+    picture.save(file)  # no palette: indices
+    assert np.array_equal(masks.read_mask(file), MASK)
+
+
+def test_colours_of_16_bits_and_alpha_that_contradicts_are_refused(tmp_path):
+    deep = np.zeros((4, 5, 3), np.uint16)
+    deep[:2, :, 2] = 65535
+    cv2.imwrite(str(tmp_path / 'm.png'), deep)
+    with pytest.raises(config.UserMistake, match=r'm\.png: colours of 16 bits'):
+        masks.read_mask(tmp_path / 'm.png', colours=[BLACK, RED])
+    picture = Image.fromarray(np.dstack([255 - 255 * MASK] * 3 + [255 * MASK]))  # black on nothing
+    picture.save(tmp_path / 'm.png')
+    with pytest.raises(config.UserMistake, match='alpha channel are different masks'):
+        masks.read_mask(tmp_path / 'm.png')
+
+
+@pytest.mark.parametrize('values', [MASK, 38 * MASK, np.dstack([0 * MASK, 0 * MASK, 255 * MASK])])
+def test_jpeg_masks_that_would_be_empty_are_refused(tmp_path, values):
+    Image.fromarray(np.kron(values, np.ones((4, 4) + (1,) * (values.ndim - 2), np.uint8))).save(
+        tmp_path / 'm.jpg', quality=95
+    )
+    if values.max() > 1:
+        with pytest.raises(config.UserMistake, match=r'm\.jpg: JPEG blurs masks'):
+            masks.read_mask(tmp_path / 'm.jpg')
+    with pytest.raises(config.UserMistake, match=r'm\.jpg: JPEG blurs masks'):
+        masks.read_mask(tmp_path / 'm.jpg', classes=3)
+    Image.fromarray(MASK).save(tmp_path / 'm.webp', lossless=True)
+    assert np.array_equal(masks.read_mask(tmp_path / 'm.webp'), MASK)
+
+
 # ------------------------------------------------------------ D. one listing
 def test_one_listing_for_all_folders(own, capsys):
     for name in ('a.png', 'b.PNG', 'c.jpg', '._a.png', 'a_mask.png', 'notes.txt'):
@@ -261,7 +321,39 @@ def test_one_listing_for_all_folders(own, capsys):
     assert '(.jpg) are not predicted: see TEST_SUFFIX' in told
 
 
+def test_a_name_that_only_begins_like_a_mask_is_an_image(own):
+    for name in ('a', 'a_mid', 'a_mask', 'a_mask_1'):
+        own(name, folder='test', mask=None)
+    config.MASK_SUFFIX = '_m.png'
+    assert [file.name for file in predictor.list_test_files()] == [
+        'a.png', 'a_mask.png', 'a_mask_1.png', 'a_mid.png']  # fmt: skip
+    config.MASK_SUFFIX = '_mask.png'
+    assert [file.name for file in predictor.list_test_files()] == ['a.png', 'a_mid.png']
+
+
+def test_a_link_that_leads_back_is_told_and_a_picture_is_not_its_own_mask(own):
+    for number in range(2):
+        own(f'{number}')
+    (own.folder / 'img/loop').symlink_to(own.folder / 'img')
+    with pytest.raises(config.UserMistake, match='too deep in .*img: remove the link'):
+        decide()
+    (own.folder / 'img/loop').unlink()
+    with pytest.raises(config.UserMistake, match='the images are their own masks: set MASK_PATH'):
+        decide(MASK_PATH=config.TRAIN_PATH)
+    with pytest.raises(config.UserMistake, match=r'TRAIN_CSV=typo\.csv: no such file'):
+        decide(TRAIN_CSV='typo.csv')
+
+
 # ------------------------------------------------------------ E. names
+def test_one_folder_for_each_image(own):
+    for number in range(2):
+        own(f'case{number}/image', mask=None)
+        own(f'case{number}/mask', MASK, mask=None)
+    decide(MASK_PATH=config.TRAIN_PATH, IMAGE_SUFFIX='image.png', MASK_SUFFIX='mask.png')
+    assert folds.read_folds().img.tolist() == ['case0', 'case1']
+    assert np.array_equal(pairs()['case1'][1], MASK)
+
+
 def test_names_with_prefixes_folders_and_many_endings(own):
     for number, ending in enumerate(('.jpg', '.JPG', '.jpeg', '.png')):
         own(f'p{number % 2}/image_{number}{ending}', mask_name=f'p{number % 2}/mask_{number}')
@@ -395,9 +487,7 @@ def test_jpeg_masks_whose_values_gather_at_both_ends(own, capsys):
     assert (mask != disc).mean() < 0.002
     smooth = np.tile(np.linspace(0, 255, 128).astype(np.uint8), (96, 1))
     own('3', np.dstack([smooth] * 3), smooth, '3.jpg')
-    with pytest.raises(
-        config.UserMistake, match=r'3\.jpg: \d+% of the mask values, blurred by JPEG'
-    ):
+    with pytest.raises(config.UserMistake, match=r'3\.jpg: JPEG blurs masks.* 50% lie from 64'):
         decide(MASK_SUFFIX='.jpg')
 
 

@@ -111,6 +111,8 @@ def test_the_items_with_scale(discs, cache):
     assert torch.equal(train[0, 5]['image'], train[0, 5]['image'])
     assert not torch.equal(train[0, 5]['image'], train[0, 6]['image'])
     assert not torch.equal(train[0, 5]['image'], train[1, 5]['image'])
+    config.AUGMENTATION = 'none'
+    assert dataset.CarvanaDataset([0, 1])[0, 0]['image'].shape == (3, 32, 64)
     for item in (whole[index] for index in range(3)):
         picture = np.array(Image.open(discs / f'img/{item["img"]}.png'))
         assert np.array_equal(item['image'].permute(1, 2, 0).numpy(), picture)
