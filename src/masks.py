@@ -182,9 +182,9 @@ def stored_values(file, image: Image.Image, classes: int, ignore_index, size) ->
         values = values.astype(np.uint8)
     if image.mode == 'L' and signed:
         values = values.view(np.int8)
-    if white < 255 or form == 'PPM':  # undo Pillow's scaling, but for black and white
-        if classes > 2 or not set(images.values_in(values)) <= {0, 255}:
-            values = np.rint(values * (white / (65535 if image.mode == 'I' else 255))).astype(int)
+    scaled = white < 255 or form == 'PPM'  # by Pillow: undo it, but for black and white
+    if scaled and (classes > 2 or not set(images.values_in(values)) <= {0, 255}):
+        values = np.rint(values * (white / (65535 if image.mode == 'I' else 255))).astype(int)
     return values, {}
 
 
