@@ -214,7 +214,8 @@ def list_files(constant: str) -> tuple[dict[str, Path], list[str]]:
 
 
 def is_mask(file: str, names) -> bool:
-    """Whether a file in a folder of images is a mask, of one of the images or of MASK_PATH."""
+    """Whether a file in a folder of images is a mask: x_mask.png or x_mask_1.png beside x.png, or, where
+    images and masks share a folder, whatever is named as masks are and not as images are."""
     if further_mask_of(file) in names:
         return True
     same_folder = config.path(config.TRAIN_PATH) == config.path(config.MASK_PATH)
@@ -223,7 +224,7 @@ def is_mask(file: str, names) -> bool:
 
 
 def further_mask_of(file: str) -> str | None:
-    """'x' for x_mask_1.png where masks are named x_mask.png."""
+    """'x' for x_mask_1.png or x_mask(2).png where masks are named x_mask.png; else None."""
     suffixes = config.MASK_SUFFIX
     suffixes = [suffixes] if isinstance(suffixes, str) else suffixes
     for stem in (suffix.rpartition('.')[0] for suffix in suffixes):

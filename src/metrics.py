@@ -39,7 +39,7 @@ def predict_windows(model, x: torch.Tensor, size: tuple[int, int], batch_size: i
             x = x.index_select(axis, torch.from_numpy(order).to(x.device))
     starts, weights, sums = [], [], []
     for side, length in zip(x.shape[2:], size):
-        steps = -(-2 * (side - length) // length)
+        steps = -(-2 * (side - length) // length)  # of at most half a window, rounded up
         starts.append([round(n * (side - length) / max(1, steps)) for n in range(steps + 1)])
         weights.append(torch.hann_window(length + 2, periodic=False, device=x.device)[1:-1])
         sums.append(torch.zeros(side, device=x.device))
