@@ -160,11 +160,13 @@ def name_in_table(cell: str, constant: str) -> str:
 
 def walk(folder: Path) -> list[str]:
     """Paths of all files in a folder, from there, but hidden ones and the project's other folders."""
-    found, names = [], (*NAMING, 'OUTPUT', 'LOGS_PATH')
+    found, seen, names = [], set(), (*NAMING, 'OUTPUT', 'LOGS_PATH')
     other = [config.path(getattr(config, name)) for name in names]
     for parent, folders, files in os.walk(folder, followlinks=True):
-        if len(Path(parent).parts) > len(folder.parts) + 8:  # a link that leads back
-            raise config.UserMistake(f'{parent}: too deep in {folder}: remove the link')
+        if os.path.realpath(parent) in seen:  # by a link that leads back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
         folders[:] = [f for f in folders if f[0] != '.' and Path(parent, f) not in other]
         inside = Path(parent).relative_to(folder)
         found += [(inside / file).as_posix() for file in files if file[0] != '.']
