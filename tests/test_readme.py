@@ -92,22 +92,23 @@ def test_the_example_of_ones_own_images_runs_as_it_stands(tmp_path):
     assert (project / 'output/model_fold0/config.json').is_file()
 
 
-@pytest.mark.parametrize('number', [0, 1])
-def test_the_cells_for_kaggle_run_in_folders_that_stand_in_for_its_own(tmp_path, number):
-    """Zip files in an input that nothing is written to; the project by git or as a data set."""
-    cell = [block for block in BLOCKS if block.startswith('%%bash\n')][number]
-    make_carvana(tmp_path / 'made', cars=5)
-    given = tmp_path / 'kaggle/input'
+def start_cell(cell: str, folder, hub: bool) -> subprocess.Popen:
+    """Start one of the cells for Kaggle in a folder that stands in for Kaggle's."""
+    make_carvana(folder / 'made', cars=5)
+    given = folder / 'kaggle/input'
     competition = given / 'carvana-image-masking-challenge'
-    for folder in (competition, given / 'wheels', given / 'weights', tmp_path / 'kaggle/working'):
-        folder.mkdir(parents=True)
+    for new in (competition, given / 'wheels', given / 'weights', folder / 'kaggle/working'):
+        new.mkdir(parents=True)
     for name in ('train_hq', 'train_masks', 'test_hq'):
-        shutil.make_archive(competition / name, 'zip', tmp_path / 'made', name)
-    for name, text in (('train_masks', 'img\n'), ('sample_submission', 'img,rle_mask\n')):
+        shutil.make_archive(competition / name, 'zip', folder / 'made', name)
+    cars = '\n'.join(file.name for file in (folder / 'made/train_hq').iterdir())
+    texts = {
+        'train_masks': f'img\n{cars}',
+        'sample_submission': 'img,rle_mask\n000000000064_01.jpg,1 1',
+    }
+    for name, text in texts.items():
         with zipfile.ZipFile(competition / f'{name}.csv.zip', 'w') as archive:
-            names = [f.name for f in sorted((tmp_path / 'made/train_hq').iterdir())]
-            rows = names if name == 'train_masks' else ['000000000064_01.jpg,1 1']
-            archive.writestr(f'{name}.csv', text + '\n'.join(rows))
+            archive.writestr(f'{name}.csv', text)
     project = given / 'project'
     shutil.copytree(SRC, project / 'src', ignore=shutil.ignore_patterns('__pycache__'))
     shutil.copy(ROOT / 'requirements.txt', project)
@@ -115,22 +116,31 @@ def test_the_cells_for_kaggle_run_in_folders_that_stand_in_for_its_own(tmp_path,
         subprocess.run(['git', '-C', project, *command.split()], check=True)
     weights = model_dispatcher.build_model('smp_linknet_tu-test_resnet').encoder.state_dict()
     torch.save(weights, given / 'weights/resnet34.pth')
-    before = set(given.rglob('*'))
-    cell = cell.replace('%%bash\n', '').replace('/kaggle', f'{tmp_path}/kaggle')
-    cell = cell.replace('https://github.com/YOU/YOUR-COPY.git', f'file://{project}')
     small = 'MODEL_NAME=smp_linknet_tu-test_resnet CROP_SIZE=32 FOLDS=[0] EPOCHS=1 NUM_WORKERS=0'
-    small += ' ACCUMULATE_GRAD_BATCHES=1' + ' ENCODER_WEIGHTS=None' * (number == 0)  # no hub here
-    cell = cell.replace('WORDS="', f'WORDS="{small} ')
+    small += ' ACCUMULATE_GRAD_BATCHES=1' + ' ENCODER_WEIGHTS=None' * hub  # no hub here
+    cell = cell.replace('%%bash\n', '').replace('WORDS="', f'WORDS="{small} ')
+    cell = cell.replace('https://github.com/YOU/YOUR-COPY.git', f'file://{project}')
+    cell = cell.replace(' /kaggle', f' {folder}/kaggle').replace('=/kaggle', f'={folder}/kaggle')
     activated = os.pathsep.join([os.path.dirname(sys.executable), os.environ['PATH']])
     environ = {**environment(), 'PATH': activated, 'PIP_NO_INDEX': '1'}
-    result = subprocess.run(['bash', '-c', cell], capture_output=True, text=True, env=environ)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert set(given.rglob('*')) == before
-    output = tmp_path / 'kaggle/working/output'
-    assert len((output / 'oof.csv').read_text().split()) == 1 + 2
-    assert len((output / 'submission.csv').read_text().split('\n')) == 1 + 1 + 1
-    loaded = f'encoder tensors loaded from {given}/weights/resnet34.pth'
-    assert (loaded in result.stdout) == (number == 1)
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
+    return subprocess.Popen(['bash', '-c', cell], env=environ, **pipes)
+
+
+def test_the_cells_for_kaggle_run_in_folders_that_stand_in_for_its_own(tmp_path):
+    """Zip files in an input that nothing is written to; the project by git or as a data set."""
+    cells = [block for block in BLOCKS if block.startswith('%%bash\n')]
+    runs = [start_cell(cell, tmp_path / str(n), n == 0) for n, cell in enumerate(cells)]
+    for number, run in enumerate(runs):
+        text = run.communicate(timeout=300)[0]
+        assert run.returncode == 0, text
+        kaggle = tmp_path / f'{number}/kaggle'
+        assert len((kaggle / 'working/output/oof.csv').read_text().split()) == 1 + 2
+        assert len((kaggle / 'working/output/submission.csv').read_text().split('\n')) == 1 + 1 + 1
+        weights = f'encoder tensors loaded from {kaggle}/input/weights/resnet34.pth'
+        assert (weights in text) == (number == 1)
+        assert {folder.name for folder in (kaggle / 'input').iterdir()} == {
+            'carvana-image-masking-challenge', 'project', 'weights', 'wheels'}  # fmt: skip
 
 
 @pytest.mark.parametrize('link', re.findall(r'!\[.*?\]\((.*?)\)', TEXT))
