@@ -33,7 +33,7 @@ import Lightning_tester
 import Lightning_trainer
 import model_dispatcher
 
-# By hand, some ten minutes: KILLS=20 python -m pytest tests/test_resume.py -k again
+# By hand, some four minutes: KILLS=20 python -m pytest tests/test_resume.py -k again
 KILLS = int(os.environ.get('KILLS', 1))
 SETTINGS = ['N_FOLDS=3', 'EPOCHS=12', 'NUM_WORKERS=0']
 SETTINGS += ['FOLDS=[0]'] if KILLS == 1 else ['FOLDS=[0, 1]']
