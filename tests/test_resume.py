@@ -151,13 +151,13 @@ def test_more_epochs_go_on_from_the_last_in_a_folder_that_was_moved(undisturbed,
     ],
     ids=lambda words: words[0],
 )
-def test_stopped_twice_ends_in_the_same_weights_to_the_bit(
+def test_stopped_three_times_ends_in_the_same_weights_to_the_bit(
     undisturbed, tmp_path, monkeypatch, words
 ):
     folder, settings = undisturbed
     monkeypatch.setitem(model_dispatcher.MODELS, 'tiny', Tiny)
     ends = []
-    for stops in ([], [1, 2]):
+    for stops in ([], [1, 2, 5]):
         paths = [f'LOGS_PATH={tmp_path}/{len(stops)}', f'OUTPUT={tmp_path}/output']
         paths.append(f'TRAIN_FOLDS={folder}/output/train_folds.csv')
         command_line.override([*settings, *paths, 'MODEL_NAME=tiny', *words])
