@@ -50,8 +50,7 @@ class CarvanaModel(pl.LightningModule):
         for name in {'classes', 'ignore_index'} & self.hparams.LOSS_ARGS.keys():
             raise config.UserMistake(f'{name} is a constant: set {name.upper()}, not LOSS_ARGS')
         # How masks are read, see masks.read_mask, and what stands for IGNORE_INDEX in them.
-        rule = 'CLASSES', 'IGNORE_INDEX', 'MASK_COLOURS'
-        self.mask_rule = tuple(self.hparams.get(name) for name in rule)
+        self.mask_rule = tuple(self.hparams[name] for name in masks.RULE)
         self.ignored = masks.ignored_value(self.hparams.IGNORE_INDEX)
         self.loss = dice_loss.build_loss(
             self.hparams.LOSS,

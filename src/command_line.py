@@ -47,7 +47,7 @@ RULES = {
     **dict.fromkeys(
         ('IMAGE_SUFFIX', 'MASK_SUFFIX', 'TEST_SUFFIX'),
         ("an ending, such as '.png', or a list of endings",
-         lambda v: v and all(type(x) is str and x for x in ([v] if type(v) is str else v)))),
+         lambda v: v and all(type(x) is str and x for x in config.endings(v)))),
     'FOLDS': ('a list of different folds from 0 to N_FOLDS - 1',
               lambda v: 0 < len(v) == len(set(v)) and set(v) <= set(range(config.N_FOLDS))),
     'PRECISION': ("16, 'bf16' or 32", lambda v: v in (16, 32, 'bf16')),

@@ -21,6 +21,11 @@ def pair(size) -> tuple:
     return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
 
+def endings(suffix) -> list:
+    """The endings of IMAGE_SUFFIX and its like, which may be one."""
+    return [suffix] if isinstance(suffix, str) else suffix
+
+
 # ---------------------------------------------------------------- paths
 INPUT: str = 'input'  # never written to: Kaggle mounts it read-only
 OUTPUT: str = 'output'  # tables, pictures and exported models
@@ -74,9 +79,8 @@ LR: float = 0.001  # the highest that SCHEDULE reaches
 SCHEDULE: str | None = 'cosine'  # of LR: 'cosine', 'onecycle', 'poly', 'plateau'; None = constant
 OPTIMIZER: str = 'Adam'  # any class of torch.optim
 OPTIMIZER_ARGS: dict = {}  # its arguments, e.g. {'weight_decay': 0.01} for AdamW
-EMA: float | None = (
-    None  # decay, such as 0.99, of an average of the weights, which is then what is kept
-)
+# Decay, such as 0.99, of an average of the weights, which is then what is kept.
+EMA: float | None = None
 GRADIENT_CLIP: float | None = None  # largest norm of the gradients
 EPOCHS: int = 7
 PATIENCE: int | None = None  # stop after so many epochs without a better val_dice

@@ -143,8 +143,7 @@ def name_of(file: str, constant: str) -> str | None:
     """
     prefix, suffixes = (getattr(config, name or '', '') for name in NAMING[constant])
     folder, slash, base = unicodedata.normalize('NFC', file).rpartition('/')
-    suffixes = [suffixes] if isinstance(suffixes, str) else suffixes
-    for suffix in sorted(suffixes, key=len, reverse=True):
+    for suffix in sorted(config.endings(suffixes), key=len, reverse=True):
         stem = base[: len(base) - len(suffix)]
         fits = base.lower().endswith(suffix.lower()) and stem.startswith(prefix)
         if fits and (stem != prefix or folder):  # x/image.png may be the image x
@@ -188,8 +187,10 @@ def list_files(constant: str) -> tuple[dict[str, Path], list[str]]:
     for file in relative:
         named.setdefault(name_of(file, constant), []).append(file)
     others = named.pop(None, [])
-    for mask in [file for file in relative if constant != 'MASK_PATH' and is_mask(file, named)]:
-        named.pop(name_of(mask, constant), None)
+    if constant != 'MASK_PATH':
+        shared = config.path(config.TRAIN_PATH) == config.path(config.MASK_PATH)
+        for mask in [file for file in relative if is_mask(file, named, shared)]:
+            named.pop(name_of(mask, constant), None)
     for name, files in named.items():
         for wrong, what in (
             (len(files) > 1, f'two files of one name, {" and ".join(files)}'),
@@ -215,21 +216,18 @@ def list_files(constant: str) -> tuple[dict[str, Path], list[str]]:
     return {name: folder / files[0] for name, files in sorted(named.items())}, others
 
 
-def is_mask(file: str, names) -> bool:
+def is_mask(file: str, names, shared: bool) -> bool:
     """Whether a file in a folder of images is a mask: x_mask.png or x_mask_1.png beside x.png, or, where
     images and masks share a folder, whatever is named as masks are and not as images are."""
     if further_mask_of(file) in names:
         return True
-    same_folder = config.path(config.TRAIN_PATH) == config.path(config.MASK_PATH)
     name, as_image = name_of(file, 'MASK_PATH'), name_of(file, 'TRAIN_PATH')
-    return name is not None and name != as_image and (same_folder or name in names)
+    return name is not None and name != as_image and (shared or name in names)
 
 
 def further_mask_of(file: str) -> str | None:
     """'x' for x_mask_1.png or x_mask(2).png where masks are named x_mask.png; else None."""
-    suffixes = config.MASK_SUFFIX
-    suffixes = [suffixes] if isinstance(suffixes, str) else suffixes
-    for stem in (suffix.rpartition('.')[0] for suffix in suffixes):
+    for stem in (suffix.rpartition('.')[0] for suffix in config.endings(config.MASK_SUFFIX)):
         name, found, rest = file.rpartition('.')[0].rpartition(stem or '/')
         if stem and found and re.fullmatch(r'[-_ ]?\(?\d+\)?', rest):
             return name

@@ -32,8 +32,9 @@ MASKS_DECODED = 500  # of more masks, this many are decoded here; the first epoc
 
 def main() -> None:
     names = image_names()
-    check_pairs(names)
-    held = decode_masks(names)
+    pairs = masks.files_of(names)
+    check_pairs(names, pairs)
+    held = decode_masks(names, pairs)
     table = assign_folds(names, held)
     write_table(table, config.path(config.TRAIN_FOLDS))
     print_folds(table, held)
@@ -46,8 +47,7 @@ def image_names() -> list[str]:
     if not table and config.TRAIN_CSV not in (None, f'{config.INPUT}/train_masks.csv'):
         raise config.UserMistake(f'TRAIN_CSV={config.TRAIN_CSV}: no such file')
     source = config.TRAIN_CSV if table else config.path(config.TRAIN_PATH)
-    rows = masks.table_rows() if table else [(name, '') for name in list_files('TRAIN_PATH')[0]]
-    names = [name for name, _ in rows]
+    names = [name for name, _ in masks.table_rows()] if table else [*list_files('TRAIN_PATH')[0]]
     twice = [name for name, count in Counter(names).items() if count > 1]
     for wrong, what in (
         (not names, 'no image in it'),
@@ -62,9 +62,9 @@ def image_names() -> list[str]:
     return sorted(names)
 
 
-def check_pairs(names: list[str]) -> None:
+def check_pairs(names: list[str], pairs: list[tuple]) -> None:
     """Raise config.UserMistake unless each image can be read and has a mask of its size."""
-    pairs, differ, turned, headers, lossy = masks.files_of(names), [], [], [], 0
+    differ, turned, headers, lossy = [], [], [], 0
     if not is_file(config.TRAIN_CSV):
         found = {constant: list_files(constant) for constant in ('TRAIN_PATH', 'MASK_PATH')}
         for constant, (_, others) in found.items():
@@ -107,15 +107,14 @@ def check_pairs(names: list[str]) -> None:
               f'at them by test_dataset.py: {first_few(turned)}')  # fmt: skip
 
 
-def decode_masks(names: list[str]) -> dict[str, tuple]:
+def decode_masks(names: list[str], pairs: list[tuple]) -> dict[str, tuple]:
     """Decode some masks; refuse them if all hold one class, or if their palettes contradict.
 
     Returns: name -> the classes that its mask holds.
     """
-    held, first, decoded = {}, {}, names[:: -(-len(names) // MASKS_DECODED)]
-    for name, (_, file) in zip(
-        tqdm(decoded, 'masks', disable=None, leave=False), masks.files_of(decoded)
-    ):
+    held, first, step = {}, {}, -(-len(names) // MASKS_DECODED)
+    decoded = tqdm(names[::step], 'masks', disable=None, leave=False)
+    for name, (_, file) in zip(decoded, pairs[::step]):
         mask, palette = masks.read_with_palette(file, *mask_rule())
         held[name] = tuple(images.values_in(mask))
         for value, colour in palette.items():
@@ -128,7 +127,7 @@ def decode_masks(names: list[str]) -> dict[str, tuple]:
                 )
     ignored = masks.ignored_value(config.IGNORE_INDEX)
     seen = set().union(*held.values())
-    if len(seen - {ignored}) < 2 and (decoded == names or ignored in seen):
+    if len(seen - {ignored}) < 2 and (step == 1 or ignored in seen):
         raise config.UserMistake(
             f'MASK_PATH={config.MASK_PATH}: all masks hold {first_few(sorted(seen))} alone, which with '
             f'IGNORE_INDEX={config.IGNORE_INDEX} leaves nothing to learn: set another of the two'
@@ -161,7 +160,7 @@ def print_folds(table: pd.DataFrame, held: dict[str, tuple]) -> None:
 
 def mask_rule() -> tuple:
     """The constants that decide how masks are read: arguments of masks.read_mask."""
-    return config.CLASSES, config.IGNORE_INDEX, config.MASK_COLOURS
+    return tuple(getattr(config, name) for name in masks.RULE)
 
 
 def empty_share(names: list[str]) -> float:

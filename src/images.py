@@ -88,6 +88,13 @@ def orientation(image: Image.Image) -> int:
     return turned if turned in range(1, 9) else 1
 
 
+def displayed_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) of an opened image as viewers show it."""
+    # Pillow opens a TIFF with its sides already swapped.
+    swapped = orientation(image) >= 5 and image.format != 'TIFF'
+    return image.size if swapped else image.size[::-1]
+
+
 def check_bits(file, image: Image.Image) -> None:
     """Raise config.UserMistake for pixels that do not fit into 8 bits per channel."""
     if image.mode not in PLAIN_MODES or white(image) > 255:
@@ -103,10 +110,7 @@ def header(file, check=lambda file, image: None) -> Header:
         check(file, image)
         if image.format != 'MPO' and getattr(image, 'is_animated', False):
             raise config.UserMistake(f'{file}: it moves: save one picture of it')
-        turned = orientation(image)
-        # Pillow opens a TIFF with its sides already swapped.
-        swapped = turned >= 5 and image.format != 'TIFF'
-        size = image.size if swapped else image.size[::-1]
+        turned, size = orientation(image), displayed_size(image)
         with Path(file).open('rb') as raw:
             last = LAST_BYTES.get(image.format)
             raw.seek(-len(last or '.'), os.SEEK_END)
@@ -147,10 +151,9 @@ def read_with_size(file, channels: int, size: tuple | None, scale: float | None 
         data = Path(file).read_bytes() if image.format == 'JPEG' else b''
         # OpenCV decodes JPEGs fastest, but fills the missing part of a truncated one with grey.
         if data.endswith(LAST_BYTES['JPEG']) and image.mode in ('RGB', 'L'):
-            turned = orientation(image)
-            own_size = image.size if turned >= 5 else image.size[::-1]
+            own_size = displayed_size(image)
             wanted = size and scaled(own_size, size, scale)
-            pixels = decode_jpeg(data, channels, own_size, wanted, turned)
+            pixels = decode_jpeg(data, channels, own_size, wanted, orientation(image))
         else:
             ImageOps.exif_transpose(image, in_place=True)
             pixels = np.array(image.convert('RGB' if channels == 3 else 'L'))

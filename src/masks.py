@@ -12,6 +12,7 @@ import images
 from files import NothingFound, first_few, is_file, list_files, name_in_table, read_table
 
 LOSSY = ('JPEG', 'MPO')  # formats that blur a mask's values
+RULE = 'CLASSES', 'IGNORE_INDEX', 'MASK_COLOURS'  # the constants that are arguments of read_mask
 
 
 class Runs(NamedTuple):
@@ -42,12 +43,8 @@ def files_of(names) -> list[tuple[Path, Path | Runs]]:
         runs = dict.fromkeys(names, '' if config.EMPTY_IF_NO_MASK else None)
         rows = table_rows() if is_file(config.TRAIN_CSV) else []
         runs |= {name: text for name, text in rows if text is not None}
-        named = {
-            name: text for name, text in runs.items() if text is not None and name in image_files
-        }
-        mask_files = {
-            name: Runs(image_files[name], text) for name, text in named.items()
-        } | mask_files
+        known = [name for name, text in runs.items() if text is not None and name in image_files]
+        mask_files = {name: Runs(image_files[name], runs[name]) for name in known} | mask_files
     for files, constant, remedy in (
         (image_files, 'TRAIN_PATH', 'put them back, or take them out of TRAIN_CSV, and run folds.py'),
         (mask_files, 'MASK_PATH', 'set MASK_SUFFIX or MASK_PREFIX as masks are named, move the images '
