@@ -123,9 +123,12 @@ def score_out_of_fold(models: dict[int, CarvanaModel]) -> float:
     classes = hparams.CLASSES
     thresholds = sorted({*THRESHOLDS, config.THRESHOLD or 0.5}) if classes == 1 else [0.5]
     table, counts = folds.read_folds(list(models)).sort_values(['kfold', 'img']), []
+    pairs = dict(zip(table.img, masks.files_of(table.img)))
     for fold, rows in table.groupby('kfold'):
         runner = predictor.Predictor([models[fold]], thresholds, config.TTA)
-        counts += predictor.predict(runner, image_batches(rows.img, models[fold], scored=True))
+        image_files, mask_files = zip(*(pairs[name] for name in rows.img))
+        batches = predictor.ImageBatches(image_files, models[fold], mask_files)
+        counts += predictor.predict(runner, batches)
     counts = torch.from_numpy(np.stack(counts))  # (N, T, 3, K)
     dice, iou = (x.reshape(counts.shape[:2]) for x in metrics.dice_and_iou(counts.flatten(0, 1)))
     means = dice.mean(0)
@@ -146,7 +149,7 @@ def score_out_of_fold(models: dict[int, CarvanaModel]) -> float:
             why = 'as set' if config.THRESHOLD else 'tuned on these images'
             scores = f'mean Dice {means[chosen]:.4f} ({means[half]:.4f} at 0.5)'
             print(f'threshold {threshold}: {scores}, {why}')
-    draw_out_of_fold(table, models, threshold)
+    draw_out_of_fold(table, pairs, models, threshold)
     return threshold
 
 
@@ -165,12 +168,6 @@ def why_not_scored(models: dict[int, CarvanaModel]) -> str:
     except config.UserMistake as mistake:
         return str(mistake)
     return ''
-
-
-def image_batches(names, model: CarvanaModel, scored: bool = False) -> predictor.ImageBatches:
-    """Training images, with their masks if they are to be scored, as a model takes them."""
-    image_files, mask_files = zip(*masks.files_of(names))
-    return predictor.ImageBatches(image_files, model, mask_files * scored)
 
 
 def print_scores(table: pd.DataFrame, note: str) -> None:
@@ -196,9 +193,9 @@ def print_classes(counts: torch.Tensor) -> None:
     print(files.markdown(table))
 
 
-def draw_out_of_fold(table: pd.DataFrame, models: dict, threshold: float) -> None:
+def draw_out_of_fold(table: pd.DataFrame, pairs: dict, models: dict, threshold: float) -> None:
     """oof_worst.png: the worst and typical images with truth, prediction and errors;
-    oof_histogram.png: the distribution of the Dice."""
+    oof_histogram.png: the distribution of the Dice. `pairs`: name -> image file and mask."""
     ordered, panels = table.sort_values('dice'), []
     middle = max(4, len(ordered) // 2 - 2)
     rows = ordered[:4].assign(kind='worst'), ordered[middle : middle + 4].assign(kind='typical')
@@ -206,12 +203,13 @@ def draw_out_of_fold(table: pd.DataFrame, models: dict, threshold: float) -> Non
     for row in pd.concat(rows).itertuples():
         # Predict its whole batch again: the same batch gives the mask that was scored.
         names = table.img[table.kfold == row.kfold].tolist()
-        batches = image_batches(names, models[row.kfold])
+        image_files = [pairs[name][0] for name in names]
+        batches = predictor.ImageBatches(image_files, models[row.kfold])
         number, place = divmod(names.index(row.img), batches.batch_size)
         batch = Subset(batches, [number])
         runner = predictor.Predictor([models[row.kfold]], [threshold], config.TTA)
         mask = predictor.predict(runner, batch)[place]
-        ((image_file, mask_file),) = masks.files_of([row.img])
+        image_file, mask_file = pairs[row.img]
         image, truth = images.read_image(image_file), masks.read_mask(mask_file, *first.mask_rule)
         panels.append((row.kind, row.img, image, truth, mask, row.dice))
     if rank_zero_only.rank:
@@ -242,14 +240,13 @@ def predict_test(models: dict[int, CarvanaModel], threshold: float, test_files: 
     if not predictor.write_submission(runner, batches, [stats, config.FOLDS], mask_folder):
         return
     samples, rows = {}, pd.read_csv(output / 'submission.csv', nrows=8)
-    for image_file, rle in zip(test_files, rows.rle_mask):
+    for image_file, row in zip(test_files, rows.itertuples()):
         image = images.read_image(image_file)
         if classes == 1:
-            mask = masks.rle_decode(rle, image.shape[:2])
+            mask = masks.rle_decode(row.rle_mask, image.shape[:2])
         else:
-            name = files.relative(image_file, config.path(config.TEST_PATH))
-            mask = masks.read_mask(mask_folder / Path(name).with_suffix('.png'), classes)
-        samples[image_file.name] = image, mask
+            mask = masks.read_mask(mask_folder / Path(row.img).with_suffix('.png'), classes)
+        samples[row.img] = image, mask
     plots.save(plots.samples(samples, classes), output / 'test_samples.png')
     note = runtime.trial_note(first.hparams.get('LIMIT_BATCHES'))
     print(f'{len(test_files)} images of {config.TEST_PATH}: submission.csv, test_samples.png{note}')

@@ -187,6 +187,18 @@ def test_names_with_commas_and_quotes(model, tmp_path):
     assert set(submission(model)) == {'holiday, 2.png', 'a "b".png'}
 
 
+def test_images_of_one_name_in_two_folders_are_told_apart(model, tmp_path, monkeypatch):
+    shown, draw = [], Lightning_tester.plots.samples
+    monkeypatch.setattr(
+        Lightning_tester.plots, 'samples', lambda masks, n: shown.extend(masks) or draw(masks, n)
+    )
+    for number in range(2):
+        (tmp_path / f'test/p{number}').mkdir()
+        picture = Image.fromarray(draw_ellipse(np.random.default_rng(number))[0])
+        picture.save(tmp_path / f'test/p{number}/1.png')
+    assert list(submission(model)) == shown == ['p0/1.png', 'p1/1.png']
+
+
 def test_ones_own_images_are_predicted_beside_another_list(model, tmp_path, capsys):
     Image.fromarray(draw_ellipse(np.random.default_rng(1))[0]).save(tmp_path / 'test/mine.png')
     config.TEST_CSV = str(tmp_path / 'sample_submission.csv')
