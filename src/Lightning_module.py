@@ -218,11 +218,6 @@ class CarvanaModel(pl.LightningModule):
         temporary.rename(folder)
 
     # ------------------------------------------------------------ data
-    def prepare_data(self) -> None:
-        """Build the cache, once per machine, before the workers start."""
-        if self.hparams.CACHE:
-            dataset.open_cache()
-
     def train_dataloader(self) -> DataLoader:
         data = dataset.CarvanaDataset(self.hparams.train_folds, train=True)
         batch_size = self.hparams.TRAIN_BATCH_SIZE

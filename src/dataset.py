@@ -1,4 +1,4 @@
-"""CarvanaDataset: augmented (image, mask) pairs of some folds; their sampler, batches and cache.
+"""CarvanaDataset: augmented (image, mask) pairs of some folds; their cache, sampler and batches.
 
 Images stay 8-bit until they are on the device, where the module normalises them. This copies a
 quarter of the bytes and keeps float arithmetic out of the workers.
@@ -8,10 +8,7 @@ import copy
 import hashlib
 import json
 import os
-import shutil
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # or its import asks a server for updates
@@ -21,7 +18,6 @@ import cv2
 import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler, default_collate
-from tqdm import tqdm
 
 import config
 import files
@@ -89,9 +85,31 @@ def read_pair(image_file: Path, mask_file: Path | masks.Runs, size, channels, *m
     return image, masks.read_mask(mask_file, *mask_rule, size)
 
 
-def read_settings() -> tuple:
-    """The constants that decide how pairs are read: the last arguments of read_pair."""
-    return config.CHANNELS, *fold_table.mask_rule()
+def read_cached(folder: Path, *pair) -> tuple[np.ndarray, np.ndarray]:
+    """What read_pair(*pair) returns, from a folder where the first call for a pair saves it.
+
+    The files are named by a digest of all that the pixels depend on, so they are right or not found.
+    """
+    state = [READING, *pair[2:]]
+    for file in pair[:2]:
+        if isinstance(file, masks.Runs):
+            state.append(file.text)
+        else:
+            status = file.stat()
+            state.append((str(file), status.st_size, status.st_mtime_ns))
+    key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
+    saved = folder / f'{key}.image.npy', folder / f'{key}.mask.npy'
+    if not saved[1].exists():  # it is written last
+        for file, pixels in zip(saved, read_pair(*pair)):
+            try:
+                # Workers and folds may write it at once: each into a file of its own.
+                ending = f'.{os.getpid()}.tmp'
+                with files.atomic_write(file, ending) as temporary, temporary.open('wb') as opened:
+                    np.save(opened, pixels)
+            except OSError as error:
+                raise config.UserMistake(f'{error}: make room, or set CACHE=False') from None
+    # Mapped into memory that all workers and folds share; 'c': changes stay in this process.
+    return tuple(np.asarray(np.load(file, mmap_mode='c')) for file in saved)
 
 
 class CarvanaDataset(Dataset):
@@ -112,9 +130,10 @@ class CarvanaDataset(Dataset):
     def __init__(self, folds: list[int], train: bool | None = None):
         self.names = fold_table.read_folds(folds).img.tolist()
         # Kept here: a spawned worker imports config.py anew, without command line arguments.
-        self.files = masks.files_of(self.names)
-        self.seed, self.settings = config.SEED, read_settings()
+        self.seed, self.files = config.SEED, masks.files_of(self.names)
         self.sizes = images.sizes_of([image for image, _ in self.files])
+        self.settings = config.CHANNELS, *fold_table.mask_rule()
+        self.cache = config.path(config.OUTPUT) / 'cache' if config.CACHE else None
         augmentation = build_augmentation(config.AUGMENTATION, config.CHANNELS)
         train = len(folds) > 1 if train is None else train
         self.augment = augmentation if train else None
@@ -123,7 +142,6 @@ class CarvanaDataset(Dataset):
         self.crops = [(row, n) for row, count in enumerate(tiles) for n in range(max(1, count))]
         self.ignored = masks.ignored_value(config.IGNORE_INDEX)
         self.visits = torch.zeros(len(self), dtype=torch.int32).share_memory_()
-        self.cache = open_cache() if config.CACHE else None
 
     def __len__(self) -> int:
         return len(self.crops)
@@ -133,17 +151,12 @@ class CarvanaDataset(Dataset):
             item = int(self.visits[item]), item
             self.visits[item[1]] += 1
         epoch, (index, number) = item[0], self.crops[item[1]]
-        name = self.names[index]
-        if self.cache is None:
-            image, mask = read_pair(*self.files[index], self.sizes[index], *self.settings)
-        else:
-            image, mask = self.cache.load(name)
+        name, pair = self.names[index], (*self.files[index], self.sizes[index], *self.settings)
+        image, mask = read_cached(self.cache, *pair) if self.cache else read_pair(*pair)
         text = f'{self.seed} {epoch} {name}' + f' {number}' * (number > 0)
         if self.crop:
             rng = np.random.default_rng(zlib.crc32(text.encode()))
             image, mask = images.random_crop(image, mask, self.crop, rng, self.ignored)
-        elif self.cache is not None:
-            image, mask = image.copy(), mask.copy()
         if self.augment is not None:
             seed_augmentation(self.augment, text)
             augmented = self.augment(image=image, mask=mask)
@@ -174,87 +187,3 @@ def collate(items: list[dict]) -> dict:
     # Images are decoded as (H, W, C): stacked so, they are copied whole, not pixel by pixel.
     stacked = default_collate([item.pop('image').permute(1, 2, 0) for item in items])
     return {'image': stacked.permute(0, 3, 1, 2), **default_collate(items)}
-
-
-class Cache:
-    """Decoded, resized pairs on disk, mapped into memory that all workers and folds share.
-
-    Its folder has sizes.npy, int64 (N, 2), and the pixels of all images and masks in a row, uint8,
-    images.npy and masks.npy, in the order of TRAIN_FOLDS.
-    """
-
-    def __init__(self, folder: Path, names: list[str]):
-        self.folder = folder
-        self.row = {name: row for row, name in enumerate(names)}
-        self.sizes = np.load(folder / 'sizes.npy')
-        self.starts = np.cumsum([0, *self.sizes.prod(1)])
-        self.images = np.load(folder / 'images.npy', mmap_mode='r')
-        self.masks = np.load(folder / 'masks.npy', mmap_mode='r')
-
-    def __reduce__(self):
-        return Cache, (self.folder, list(self.row))  # a spawned worker maps the files itself
-
-    def load(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """An image (H, W, CHANNELS) and its mask (H, W), uint8, which cannot be written to."""
-        row = self.row[name]
-        pixels, size = slice(self.starts[row], self.starts[row + 1]), self.sizes[row]
-        return self.images[pixels].reshape(*size, -1), self.masks[pixels].reshape(size)
-
-
-def open_cache() -> Cache:
-    """The cache of all images in TRAIN_FOLDS. It is built first if none fits the files."""
-    names = fold_table.read_folds().img.tolist()
-    folder = config.path(config.OUTPUT) / 'cache' / cache_key(names)
-    with files.file_lock(config.path(config.OUTPUT) / '.cache.lock'):  # folds may run side by side
-        if not folder.is_dir():
-            build_cache(folder, names)
-    return Cache(folder, names)
-
-
-def cache_key(names: list[str]) -> str:
-    """Digest of everything that the arrays depend on: a cache is right, or it is not found."""
-    state = [READING, config.crop_size(), config.SCALE, *read_settings()]
-    for file in (file for pair in masks.files_of(names) for file in pair):
-        if isinstance(file, masks.Runs):
-            state.append(file.text)
-        else:
-            status = file.stat()
-            state.append((str(file), status.st_size, status.st_mtime_ns))
-    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
-
-
-def build_cache(folder: Path, names: list[str]) -> None:
-    """Write the arrays beside `folder`, then rename: a killed run leaves nothing that is used."""
-    temporary = folder.with_name(f'{folder.name}.tmp')
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    pairs = masks.files_of(names)
-    sizes = np.array(images.sizes_of([image for image, _ in pairs]))
-    starts = np.cumsum([0, *sizes.prod(1)]).tolist()
-    need = starts[-1] * (config.CHANNELS + 1)
-    free = shutil.disk_usage(temporary).free
-    if need > 0.95 * free:
-        raise config.UserMistake(
-            f'CACHE=True needs {need / 1e9:.1f} GB at CROP_SIZE={config.CROP_SIZE}, {config.OUTPUT} '
-            f'has {free / 1e9:.1f} GB left: remove older ones in OUTPUT/cache, or set CACHE=False'
-        )
-    try:
-        new_array = partial(np.lib.format.open_memmap, mode='w+', dtype=np.uint8)
-        np.save(temporary / 'sizes.npy', sizes)
-        pixels = new_array(temporary / 'images.npy', shape=(starts[-1], config.CHANNELS))
-        classes = new_array(temporary / 'masks.npy', shape=(starts[-1],))
-
-        def write(row: int) -> None:
-            image, mask = read_pair(*pairs[row], tuple(sizes[row].tolist()), *read_settings())
-            place = slice(starts[row], starts[row + 1])
-            pixels[place], classes[place] = image.reshape(-1, config.CHANNELS), mask.ravel()
-
-        # Threads will do: the decoders release Python's lock.
-        with ThreadPoolExecutor(max(1, config.NUM_WORKERS)) as pool:
-            rows = pool.map(write, range(len(names)))
-            list(tqdm(rows, 'building the cache', len(names), disable=None, leave=False))
-        pixels.flush()
-        classes.flush()
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -24,10 +24,10 @@ MODELS = ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']  # columns of 
 
 
 @contextmanager
-def atomic_write(file: Path):
+def atomic_write(file: Path, ending: str = '.tmp'):
     """Yield a path beside `file` to write to. It is renamed to `file` if the block succeeds."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f'{file.name}.tmp')  # a fixed name: a killed run's is overwritten
+    temporary = file.with_name(file.name + ending)  # a fixed name: a killed run's is overwritten
     try:
         yield temporary
         temporary.replace(file)

@@ -1,7 +1,7 @@
 """CarvanaDataset: what an item is, the augmentation's stream, the cache, files to predict."""
 
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import albumentations as A
 import cv2
@@ -169,52 +169,72 @@ def test_transforms_of_like_probability_are_drawn_apart(prepared):
     assert len(flips) >= 2 and len({tuple(draw) for draw in draws}) > 2
 
 
-def test_cache_gives_what_the_files_give(prepared):
-    config.AUGMENTATION = 'none'
-    plain = [CarvanaDataset([0, 1])[i] for i in range(4)]
-    config.CACHE = True
-    data = CarvanaDataset([0, 1])
-    assert data.cache is not None
-    for index in range(4):
-        assert torch.equal(plain[index]['image'], data[index]['image'])
-        assert torch.equal(plain[index]['mask'], data[index]['mask'])
-    assert [f.suffix for f in config.path(config.OUTPUT).glob('cache/*')] == ['']
-
-
-def caches() -> set:
+def cached() -> set:
     return set(config.path(config.OUTPUT).glob('cache/*'))
 
 
-def test_cache_is_built_once_and_again_when_something_changes(prepared):
-    """Older caches stay: a training beside this one may use them."""
-    dataset.open_cache()
-    (first,) = caches()
-    written = (first / 'images.npy').stat().st_mtime_ns
-    dataset.open_cache()
-    assert (first / 'images.npy').stat().st_mtime_ns == written
+def test_cache_gives_what_the_files_give(prepared):
+    config.AUGMENTATION = 'none'
+    plain = CarvanaDataset([0, 1])
+    config.CACHE = True
+    for _ in range(2):  # when it is written, and when it is read
+        data = CarvanaDataset([0, 1])
+        for index in range(4):
+            assert torch.equal(plain[index]['image'], data[index]['image'])
+            assert torch.equal(plain[index]['mask'], data[index]['mask'])
+    assert len(cached()) == 8 and {file.suffix for file in cached()} == {'.npy'}
+
+
+def test_each_image_is_decoded_once_and_again_when_its_files_or_the_settings_change(
+    prepared, monkeypatch
+):
+    decoded, read = [], dataset.read_pair
+    monkeypatch.setattr(dataset, 'read_pair', lambda *pair: decoded.append(pair) or read(*pair))
+    config.CACHE = True
+    first = CarvanaDataset([0], train=False)
+    for _ in range(2):
+        assert first[0]['mask'].shape == (32, 32) and len(decoded) == 1
     image, new_mask = draw_ellipse(np.random.default_rng(9))
-    name = folds.read_folds().img[0]
-    save_mask_gif(masks.files_of([name])[0][1], new_mask)
-    assert np.array_equal(
-        dataset.open_cache().load(name)[1],
-        masks.read_mask(masks.files_of([name])[0][1], size=(32, 32)),
-    )
-    assert len(caches()) == 2
+    mask_file = first.files[0][1]
+    save_mask_gif(mask_file, new_mask)
+    changed = masks.read_mask(mask_file, size=(32, 32))
+    assert np.array_equal(first[0]['mask'].numpy(), changed) and len(decoded) == 2
     config.CROP_SIZE = 16
-    assert dataset.open_cache().images.shape == (10 * 16 * 16, 3)
-    assert len(caches()) == 3 and first in caches()
+    for _ in range(2):
+        assert CarvanaDataset([0], train=False)[0]['mask'].shape == (16, 16) and len(decoded) == 3
+    assert len(cached()) == 6  # older ones stay: a training beside this one may use them
 
 
-def test_a_cache_that_was_being_built_is_not_trusted(prepared, monkeypatch):
-    def fail(*args, **kwargs):
+def test_augmenting_does_not_change_the_cache(prepared):
+    config.CACHE, config.AUGMENTATION = True, 'strong'
+    plain, augmented = CarvanaDataset([0], train=False), CarvanaDataset([0], train=True)
+    before = plain[0]
+    for epoch in range(8):
+        augmented[epoch, 0]['mask'][:] = 7
+    assert torch.equal(plain[0]['image'], before['image'])
+    assert torch.equal(plain[0]['mask'], before['mask'])
+
+
+def test_a_cache_that_was_being_written_is_not_trusted(prepared, monkeypatch):
+    def fail(opened, pixels):
+        opened.write(b'half')
         raise KeyboardInterrupt
 
+    config.CACHE = True
+    data = CarvanaDataset([0], train=False)
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, 'read_pair', fail)
+        patch.setattr(np, 'save', fail)
         with pytest.raises(KeyboardInterrupt):
-            dataset.open_cache()
-    assert not list(config.path(config.OUTPUT).glob('cache/*'))
-    assert dataset.open_cache().load(folds.read_folds().img[0])[0].any()
+            data[0]
+    assert not cached()
+    assert data[0]['mask'].any()
+
+
+def test_a_full_disk_is_told_with_what_to_do(prepared, monkeypatch):
+    config.CACHE = True
+    monkeypatch.setattr(np, 'save', lambda *_: Path('/dev/full').write_text('x'))
+    with pytest.raises(config.UserMistake, match='No space left on device.*CACHE=False'):
+        CarvanaDataset([0], train=False)[0]
 
 
 def test_batches_to_predict(prepared):
@@ -227,15 +247,6 @@ def test_batches_to_predict(prepared):
     assert batch['image'].shape == (2, 1, 16, 32) and batch['image'].dtype == torch.uint8
     assert list(batch['shape']) == [(48, 64)] * 2 and batch['mask'][0].shape == (48, 64)
     assert batch['img'] == [str(image) for image in image_files[:2]]
-
-
-def test_a_cache_is_built_once_by_two_that_want_it(prepared, monkeypatch):
-    """As two machines on one disk; threads stand for their processes."""
-    built, build = [], dataset.build_cache
-    monkeypatch.setattr(dataset, 'build_cache', lambda *args: (built.append(1), build(*args)))
-    with ThreadPoolExecutor(2) as pool:
-        names = [f.result().row for f in [pool.submit(dataset.open_cache) for _ in range(2)]]
-    assert len(built) == 1 and names[0] == names[1]
 
 
 @pytest.mark.filterwarnings('error')

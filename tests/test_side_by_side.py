@@ -24,7 +24,8 @@ def test_three_folds_at_once_share_a_cache_and_lose_nothing(tmp_path):
     for row in models.itertuples():
         hparams = yaml.safe_load((tmp_path / 'logs' / row.version / 'hparams.yaml').read_text())
         assert hparams['val_folds'] == [row.fold]
-    assert len(list((tmp_path / 'output/cache').iterdir())) == 1
+    saved = list((tmp_path / 'output/cache').iterdir())  # 12 images and masks
+    assert len(saved) == 24 and {file.suffix for file in saved} == {'.npy'}
     Lightning_tester.main()
     assert len(pd.read_csv(tmp_path / 'output/oof.csv')) == 12
 
