@@ -150,10 +150,10 @@ def read_with_size(file, channels: int, size: tuple | None, scale: float | None 
         check_bits(file, image)
         data = Path(file).read_bytes() if image.format == 'JPEG' else b''
         # OpenCV decodes JPEGs fastest, but fills the missing part of a truncated one with grey.
-        if data.endswith(LAST_BYTES['JPEG']) and image.mode in ('RGB', 'L'):
+        complete = data.endswith(LAST_BYTES['JPEG'])
+        if complete and image.mode in ('RGB', 'L') and orientation(image) == 1:
             own_size = displayed_size(image)
-            wanted = size and scaled(own_size, size, scale)
-            pixels = decode_jpeg(data, channels, own_size, wanted, orientation(image))
+            pixels = decode_jpeg(data, channels, own_size, size and scaled(own_size, size, scale))
         else:
             ImageOps.exif_transpose(image, in_place=True)
             pixels = np.array(image.convert('RGB' if channels == 3 else 'L'))
@@ -163,26 +163,17 @@ def read_with_size(file, channels: int, size: tuple | None, scale: float | None 
     return pixels.reshape(*pixels.shape[:2], channels), own_size
 
 
-def decode_jpeg(data: bytes, channels: int, own_size: tuple, size, turned: int = 1) -> np.ndarray:
-    """The pixels of a JPEG by OpenCV, at 1/8, 1/4 or 1/2 of its size if that covers `size`.
-
-    Only where it divides the sides: else the picture would be shifted against its mask.
-    """
-    fits = (
-        n
-        for n in (8, 4, 2)
-        if size and all(a % n == 0 and a // n >= b for a, b in zip(own_size, size))
-    )
-    divisor, kind = next(fits, 1), 'COLOR' if channels == 3 else 'GRAYSCALE'
+def decode_jpeg(data: bytes, channels: int, own_size: tuple, size: tuple | None) -> np.ndarray:
+    """The pixels of a JPEG by OpenCV, at 1/8, 1/4 or 1/2 of its size if that covers `size`."""
+    divisor, kind = 1, 'COLOR' if channels == 3 else 'GRAYSCALE'
+    for n in (2, 4, 8) if size else ():
+        # Where n does not divide the sides, the picture would be shifted against its mask.
+        if all(own % n == 0 and own // n >= side for own, side in zip(own_size, size)):
+            divisor = n
     flag = f'IMREAD_REDUCED_{kind}_{divisor}' if divisor > 1 else f'IMREAD_{kind}'
-    flag = getattr(cv2, flag) | cv2.IMREAD_IGNORE_ORIENTATION  # OpenCV knows EXIF's, but not XMP's
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), getattr(cv2, flag))
     if pixels is None:
         raise ValueError('its JPEG data are damaged')
-    if turned >= 5:
-        pixels = pixels.swapaxes(0, 1)
-    down, across = -1 if turned in (3, 4, 7, 8) else 1, -1 if turned in (2, 3, 6, 7) else 1
-    pixels = np.ascontiguousarray(pixels[::down, ::across])
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if channels == 3 else pixels
 
 

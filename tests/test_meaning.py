@@ -86,7 +86,7 @@ def test_a_mask_turned_as_its_image_fits_and_one_that_is_not_is_told(own, capsys
     for number in range(4):
         own(f'{number}', mask=255 * MASK, **turned(6), mask_options=turned(6))
     decide()
-    image, mask = dataset.read_pair(*masks.files_of(['0'])[0], (30, 20), *dataset.read_settings())
+    image, mask = dataset.read_pair(*masks.files_of(['0'])[0], (30, 20), 3, *folds.mask_rule())
     assert np.array_equal(image[..., 0] > 60, mask == 1) and mask.any()
     own('0', **turned(6))
     with pytest.raises(config.UserMistake, match=r'0: EXIF turns one .*6 and 1.*exif_transpose'):
