@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
@@ -179,25 +178,21 @@ def new_version_folder() -> Path:
 def find_run(fold: int) -> Run | None:
     """The newest run of a fold, to be resumed.
 
-    Rank 0 also removes what kills have left of this fold's runs: folders without a checkpoint, and
-    checkpoints that the newest one does not mention.
+    Rank 0 also removes checkpoints of it that the newest one does not mention: a kill left them.
 
     Raises:
         config.UserMistake: if a checkpoint cannot be read, or the run was started with other
             constants that change its result, or with other images in its folds.
     """
-    tidy = rank_zero_only.rank == 0
     for folder in reversed(version_folders()):
         names = ('last.ckpt', 'epoch=*.ckpt')  # other files are the user's
         found = [file for name in names for file in (folder / 'checkpoints').glob(name)]
         states = {file: state for file in sorted(found) if (state := read_checkpoint(file))}
-        if not states:
-            if tidy and started_for(folder, fold):
-                shutil.rmtree(folder)
-            continue
-        newest = max(states, key=lambda file: (states[file]['epoch'], file.name == 'last.ckpt'))
-        state = states[newest]
-        if state['hyper_parameters']['val_folds'] != [fold]:
+        newest = max(
+            states, key=lambda f: (states[f]['epoch'], f.name == 'last.ckpt'), default=None
+        )
+        state = states.get(newest)
+        if state is None or state['hyper_parameters']['val_folds'] != [fold]:
             continue
         check_resumable(folder, fold, state)
         saved = {key.partition('{')[0]: value for key, value in state['callbacks'].items()}
@@ -205,7 +200,7 @@ def find_run(fold: int) -> Run | None:
         stop = saved.get('EarlyStopping', {'wait_count': 0, 'patience': 1})
         done = len(saved['EpochLog']['history']) >= config.EPOCHS
         finished = done or stop['wait_count'] >= stop['patience']
-        if tidy:
+        if rank_zero_only.rank == 0:
             if newest.name != 'last.ckpt':  # killed between saving the two
                 with files.atomic_write(newest.with_name('last.ckpt')) as temporary:
                     shutil.copyfile(newest, temporary)
@@ -214,12 +209,6 @@ def find_run(fold: int) -> Run | None:
                 other.unlink(missing_ok=True)
         return Run(folder, newest, best, saved['EpochLog'], finished)
     return None
-
-
-def started_for(folder: Path, fold: int) -> bool:
-    """Whether a version folder was made by a training of this fold."""
-    hparams = folder / 'hparams.yaml'
-    return hparams.is_file() and yaml.safe_load(hparams.read_text()).get('val_folds') == [fold]
 
 
 def read_checkpoint(file: Path) -> dict | None:
