@@ -138,8 +138,9 @@ class CarvanaDataset(Dataset):
         train = len(folds) > 1 if train is None else train
         self.augment = augmentation if train else None
         self.crop = config.crop_size() if train and config.SCALE is not None else None
-        tiles = [round(h * w / np.prod(self.crop)) if self.crop else 1 for h, w in self.sizes]
-        self.crops = [(row, n) for row, count in enumerate(tiles) for n in range(max(1, count))]
+        height, width = config.crop_size()
+        tiles = [max(1, h // height * (w // width)) if train else 1 for h, w in self.sizes]
+        self.crops = [(row, n) for row, count in enumerate(tiles) for n in range(count)]
         self.ignored = masks.ignored_value(config.IGNORE_INDEX)
         self.visits = torch.zeros(len(self), dtype=torch.int32).share_memory_()
 

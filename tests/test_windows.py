@@ -105,7 +105,7 @@ def discs(tmp_path):
 def test_the_items_with_scale(discs, cache):
     config.CACHE = cache
     train, whole = dataset.CarvanaDataset([0, 1]), dataset.CarvanaDataset([0])
-    tiles = [round((96 + 8 * number) * 160 / (32 * 64)) for number in range(6)]
+    tiles = [(96 + 8 * number) // 32 * (160 // 64) for number in range(6)]
     assert len(train) == sum(tiles) and len(whole) == 3
     assert train[0, 0]['image'].shape == (3, 32, 64) and train[0, 0]['mask'].shape == (32, 64)
     assert torch.equal(train[0, 5]['image'], train[0, 5]['image'])
