@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from functools import cached_property
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -218,9 +219,13 @@ class CarvanaModel(pl.LightningModule):
         temporary.rename(folder)
 
     # ------------------------------------------------------------ data
+    @cached_property
+    def train_data(self) -> dataset.CarvanaDataset:
+        """Kept, because with SCALE it reads the headers of all images."""
+        return dataset.CarvanaDataset(self.hparams.train_folds, train=True)
+
     def train_dataloader(self) -> DataLoader:
-        data = dataset.CarvanaDataset(self.hparams.train_folds, train=True)
-        batch_size = self.hparams.TRAIN_BATCH_SIZE
+        data, batch_size = self.train_data, self.hparams.TRAIN_BATCH_SIZE
         sampler = dataset.EpochSampler(data, *self.ranks(), shuffle=True, seed=self.hparams.SEED)
         # Workers prefetch the first items before Lightning sets a resumed run's epoch.
         sampler.set_epoch(self.epochs_done)

@@ -37,7 +37,6 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 import callbacks
 import command_line
 import config
-import dataset
 import dice_loss
 import files
 import folds
@@ -118,15 +117,12 @@ def fit(fold: int, run: callbacks.Run | None) -> None:
     pl.seed_everything(config.SEED + fold, workers=True, verbose=False)
     others = [other for other in range(config.N_FOLDS) if other != fold]
     model = CarvanaModel(others, [fold], pretrained=run is None)
-    dataset.build_augmentation(config.AUGMENTATION, config.CHANNELS)  # a wrong name is told now
     optimizers.build_optimizer(model)
     model_dispatcher.try_out(
         model.model, config.MODEL_NAME, config.TRAIN_BATCH_SIZE, config.INPUT_SHAPE
     )
+    items = len(model.train_data)
     trainer, log = make_trainer(fold, run)
-    items = (table.kfold != fold).sum()
-    if config.SCALE is not None:
-        items = len(dataset.CarvanaDataset(others, train=True))
     per_device = math.ceil(items / trainer.world_size)
     if per_device < config.TRAIN_BATCH_SIZE:
         raise config.UserMistake(

@@ -193,16 +193,15 @@ def sizes_of(image_files) -> list[tuple[int, int]]:
 def random_crop(image, mask, size: tuple[int, int], rng, ignored: int | None) -> tuple:
     """A crop of an image (H, W, C) and its mask (H, W), copied; reflected where they are smaller.
 
-    A third of the crops have a pixel of an object in the middle, or as near as the border lets it,
-    as in nnU-Net (Isensee et al. 2021).
+    Its middle is a random pixel: of an object for a third of the crops, as in nnU-Net (Isensee et al.
+    2021), and any pixel for the others. Near a border the crop is moved inside.
     """
-    place = [rng.integers(max(0, side - length) + 1) for side, length in zip(mask.shape, size)]
+    middle = rng.integers(mask.shape)
     if rng.random() < 1 / 3:
         objects = np.argwhere((mask > 0) & (mask != (0 if ignored is None else ignored)))
-        if len(objects):
-            middle = objects[rng.integers(len(objects))] - np.array(size) // 2
-            place = np.clip(middle, 0, np.maximum(0, np.array(mask.shape) - size))
-    rows, columns = (slice(start, start + length) for start, length in zip(place, size))
+        middle = rng.choice(objects) if len(objects) else middle
+    starts = np.clip(middle - np.array(size) // 2, 0, np.maximum(0, np.array(mask.shape) - size))
+    rows, columns = (slice(start, start + length) for start, length in zip(starts, size))
     cut = image[rows, columns], mask[rows, columns]
     bottom, right = np.array(size) - cut[1].shape
     pads = 0, bottom, 0, right, cv2.BORDER_REFLECT_101
