@@ -27,12 +27,12 @@ class CarvanaModel(pl.LightningModule):
     """A segmentation model of MODEL_NAME, trained on some folds and validated on others.
 
     All constants of config.py are saved in `hparams`, as plain types, and read from there. So a
-    checkpoint alone rebuilds the model, whatever config.py says by then.
+    checkpoint is enough to rebuild the model, even if config.py has changed.
 
     Args:
         train_folds, val_folds: values of kfold in TRAIN_FOLDS.
         pretrained: whether to load ENCODER_WEIGHTS; a checkpoint brings its own weights.
-        constants: values that replace config.py's: those of a checkpoint.
+        constants: values that replace those of config.py; they come from a checkpoint.
     """
 
     def __init__(self, train_folds, val_folds, pretrained: bool = True, **constants):
@@ -46,11 +46,11 @@ class CarvanaModel(pl.LightningModule):
             classes=self.hparams.CLASSES,
         )
         self.model.to(memory_format=torch.channels_last)
-        if config.COMPILE:  # of this machine, whatever the checkpoint was trained with
+        if config.COMPILE:  # from config.py, not from the checkpoint
             self.model.compile()
         for name in {'classes', 'ignore_index'} & self.hparams.LOSS_ARGS.keys():
-            raise config.UserMistake(f'{name} is a constant: set {name.upper()}, not LOSS_ARGS')
-        # How masks are read, see masks.read_mask, and what stands for IGNORE_INDEX in them.
+            raise config.UserMistake(f'LOSS_ARGS: remove {name}; set {name.upper()} instead')
+        # The rule for masks.read_mask, and the value of ignored pixels in the masks.
         self.mask_rule = tuple(self.hparams[name] for name in masks.RULE)
         self.ignored = masks.ignored_value(self.hparams.IGNORE_INDEX)
         self.loss = dice_loss.build_loss(
@@ -91,7 +91,7 @@ class CarvanaModel(pl.LightningModule):
         )
         when = {'interval': 'step'}
         if name == 'plateau':
-            # At the last batch, after validation: by epoch it would miss the epoch's checkpoint.
+            # Step at the epoch's last batch: interval 'epoch' steps after the checkpoint is saved.
             when |= {'frequency': self.trainer.num_training_batches, 'monitor': 'val_dice'}
         return [optimizer], [{'scheduler': schedule, 'strict': False, **when}]
 
@@ -113,8 +113,8 @@ class CarvanaModel(pl.LightningModule):
         self.log('lr', self.optimizers().param_groups[0]['lr'], sync_dist=True)
 
     def on_train_batch_start(self, batch: dict, batch_index: int) -> None:
-        # Seed dropout by the epoch, so that a resumed run repeats it. Later than Lightning's own
-        # draws at the start of an epoch, which differ in a resumed run.
+        # Seed dropout by the epoch, so that a resumed run repeats it. This is after Lightning's
+        # own random draws at the start of an epoch, which differ in a resumed run.
         if batch_index == 0:
             torch.manual_seed(self.hparams.SEED + 1000 * self.current_epoch + self.global_rank)
 
@@ -134,8 +134,8 @@ class CarvanaModel(pl.LightningModule):
     def check_losses(self) -> None:
         """Raise NotFinite for a loss that is not finite.
 
-        It looks at several batches at a time, because each look waits for the device. A step that
-        the GradScaler skips has a finite loss and is not reported here.
+        It checks several batches at a time, because each check waits for the device. If the
+        GradScaler skips a step, the loss is finite, and nothing is raised.
         """
         if not self.recent_losses:
             return
@@ -148,10 +148,10 @@ class CarvanaModel(pl.LightningModule):
         if not math.isfinite(loss):
             advice = f'a lower LR than {self.hparams.LR}'
             if self.trainer.precision == '16-mixed':
-                advice = f"PRECISION='bf16' (or 32) in place of 16, or {advice}"
+                advice = f"PRECISION='bf16' (or 32) instead of 16, or {advice}"
             raise NotFinite(
-                f'{name} is {loss} in epoch {self.current_epoch + 1}{where}: RESUME=True with '
-                f'{advice} goes on from the last good checkpoint, if there is one'
+                f'{name} is {loss} in epoch {self.current_epoch + 1}{where}: run again with '
+                f'RESUME=True and {advice}; it resumes from the last good checkpoint, if any'
             )
 
     # ------------------------------------------------------------ validation
@@ -162,7 +162,7 @@ class CarvanaModel(pl.LightningModule):
         self.row = {name: row for row, name in enumerate(names)}
 
     def on_validation_epoch_start(self) -> None:
-        self.share_buffers()  # EMA has put the average in the model's place by now
+        self.share_buffers()  # now that EMA has swapped in the average
 
     def share_buffers(self) -> None:
         """Each rank has its own batch norm statistics. Checkpoints hold those of rank 0."""

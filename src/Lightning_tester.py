@@ -1,4 +1,4 @@
-"""Step 3: score every fold's model on the images that it never saw; predict TEST_PATH.
+"""Step 3: score each model on the images that it was not trained on, then predict TEST_PATH.
 
 Reads   OUTPUT/models.csv and its checkpoints, or the one checkpoint PATH; TRAIN_FOLDS with the
         images and masks (TRAIN_PATH, MASK_PATH, IMAGE_SUFFIX, MASK_SUFFIX) of FOLDS; the images of
@@ -8,9 +8,9 @@ Writes  OUTPUT/oof.csv: img,kfold,dice,iou at each image's own size; oof_worst.p
         or several classes, OUTPUT/test_masks/<img>.png; OUTPUT/model_fold#/, each model for
         smp.from_pretrained.
 
-Every model is rebuilt from the constants in its own checkpoint. THRESHOLD=None is tuned on the
-out-of-fold predictions. TTA adds the mirrored image. RESUME goes on with the test images after those
-that a killed run has done. Runs on ACCELERATOR, DEVICES, with VAL_BATCH_SIZE, NUM_WORKERS, PRECISION.
+Every model is rebuilt from the constants in its checkpoint. THRESHOLD=None chooses the threshold
+that is best out of fold. TTA also predicts the mirrored image. RESUME continues the test images of
+a killed run. Hardware and speed: ACCELERATOR, DEVICES, VAL_BATCH_SIZE, NUM_WORKERS, PRECISION.
 
     python Lightning_tester.py
     python Lightning_tester.py TEST_PATH=/my/images PATH=lightning_logs/version_0/checkpoints/last.ckpt
@@ -37,7 +37,7 @@ import predictor
 import runtime
 from Lightning_module import CarvanaModel
 
-# Tried out of fold; denser at the ends, where few images decide.
+# Thresholds to try on the out-of-fold predictions; closer together near 0 and 1.
 THRESHOLDS = [p / 100 for p in (*range(1, 5), *range(5, 96, 5), *range(96, 100))]
 
 
@@ -66,7 +66,7 @@ def load_models() -> dict[int, CarvanaModel]:
     table = files.read_models()
     table = table[table.fold.isin(config.FOLDS)]
     if table.empty:
-        raise config.UserMistake(f'FOLDS={config.FOLDS}: none of them has been trained yet')
+        raise config.UserMistake(f'FOLDS={config.FOLDS}: none is trained: run Lightning_trainer.py')
     untrained = sorted(set(config.FOLDS) - set(table.fold))
     if untrained:
         runtime.print_once(f'folds not trained yet, left out: {files.first_few(untrained)}')
@@ -77,8 +77,8 @@ def load_models() -> dict[int, CarvanaModel]:
         for name in config.differing_constants(first, other):
             raise config.UserMistake(
                 f'{table.checkpoint.iloc[0]} has {name}={first[name]!r}, {row.checkpoint} has '
-                f'{name}={other[name]!r}: models trained with other constants are not scored and '
-                'averaged together: train them again, or set FOLDS or PATH'
+                f'{name}={other[name]!r}: models with different constants cannot be averaged: '
+                'train them again, or set FOLDS or PATH'
             )
     return models
 
@@ -113,11 +113,11 @@ def score_out_of_fold(models: dict[int, CarvanaModel]) -> float:
     reason = why_not_scored(models)
     if reason and config.PATH is None and files.is_file(config.TRAIN_FOLDS):
         raise config.UserMistake(
-            f'{reason}: run Lightning_trainer.py again, or put the older file back'
+            f'{reason}: run Lightning_trainer.py again, or restore the old file'
         )
     if reason:
         threshold = config.THRESHOLD or 0.5
-        runtime.print_once(f'{reason}: nothing to score out of fold, threshold {threshold}')
+        runtime.print_once(f'{reason}: no out-of-fold scores; the threshold is {threshold}')
         return threshold
     hparams = next(iter(models.values())).hparams
     classes = hparams.CLASSES
@@ -135,7 +135,7 @@ def score_out_of_fold(models: dict[int, CarvanaModel]) -> float:
     chosen, half = int(means.argmax()), thresholds.index(0.5)
     if config.THRESHOLD in thresholds:
         chosen = thresholds.index(config.THRESHOLD)
-    elif means[chosen] <= means[half] + 1e-6:  # no better than 0.5, but for rounding
+    elif means[chosen] <= means[half] + 1e-6:  # not better than 0.5, except for rounding
         chosen = half
     threshold = thresholds[chosen]
     table['dice'], table['iou'] = dice[:, chosen].numpy(), iou[:, chosen].numpy()
@@ -154,7 +154,7 @@ def score_out_of_fold(models: dict[int, CarvanaModel]) -> float:
 
 
 def why_not_scored(models: dict[int, CarvanaModel]) -> str:
-    """Why the images that the models have not seen are unknown or missing; '' if they are not."""
+    """The reason why there can be no out-of-fold scores; '' if there can."""
     if not files.is_file(config.TRAIN_FOLDS):
         return f'{config.TRAIN_FOLDS} does not exist'
     if config.PATH is not None and not config.path(config.TRAIN_PATH).is_dir():
@@ -201,7 +201,7 @@ def draw_out_of_fold(table: pd.DataFrame, pairs: dict, models: dict, threshold: 
     rows = ordered[:4].assign(kind='worst'), ordered[middle : middle + 4].assign(kind='typical')
     first = next(iter(models.values()))
     for row in pd.concat(rows).itertuples():
-        # Predict its whole batch again: the same batch gives the mask that was scored.
+        # Predict the image's whole batch again, to get exactly the mask that was scored.
         names = table.img[table.kfold == row.kfold].tolist()
         image_files = [pairs[name][0] for name in names]
         batches = predictor.ImageBatches(image_files, models[row.kfold])
@@ -231,7 +231,7 @@ def predict_test(models: dict[int, CarvanaModel], threshold: float, test_files: 
         return
     first = next(iter(models.values()))
     classes, output = first.hparams.CLASSES, config.path(config.OUTPUT)
-    # Run lengths cannot tell one class from another.
+    # Run lengths cannot store several classes.
     mask_folder = output / 'test_masks' if config.SAVE_MASKS or classes > 1 else None
     checkpoints = files.read_models().checkpoint if config.PATH is None else [config.PATH]
     stats = [(str(c), config.path(c).stat().st_mtime_ns) for c in checkpoints]

@@ -1,16 +1,16 @@
-"""Step 2: train one model per fold of FOLDS.
+"""Step 2: train one model for each fold in FOLDS.
 
 Reads   TRAIN_FOLDS, TRAIN_PATH, MASK_PATH (IMAGE_SUFFIX, MASK_SUFFIX); ENCODER_WEIGHTS.
 Writes  LOGS_PATH/version_#/ for each fold: checkpoints (best by val_dice, and last.ckpt),
         hparams.yaml, metrics.csv, TensorBoard events, curves.png, profile.txt;
         OUTPUT/models.csv: fold,version,checkpoint,val_dice,val_iou; OUTPUT/cache with CACHE.
 
-The model is MODEL_NAME on images of CROP_SIZE (CHANNELS, CLASSES, IGNORE_INDEX, MODEL_MEAN,
-MODEL_STD, AUGMENTATION), trained on LOSS (LOSS_ARGS) for EPOCHS (PATIENCE, LIMIT_BATCHES) by OPTIMIZER
-(OPTIMIZER_ARGS) at LR with SCHEDULE, EMA, GRADIENT_CLIP, TRAIN_BATCH_SIZE, VAL_BATCH_SIZE,
-ACCUMULATE_GRAD_BATCHES, PRECISION, SEED, NUM_WORKERS, COMPILE, on ACCELERATOR, DEVICES, NUM_NODES,
-STRATEGY. RESUME goes on where the last run stopped. Several folds are trained one after the other,
-each in its own process.
+Model and data: MODEL_NAME, CROP_SIZE, CHANNELS, CLASSES, IGNORE_INDEX, MODEL_MEAN, MODEL_STD,
+AUGMENTATION. Training: LOSS (LOSS_ARGS), OPTIMIZER (OPTIMIZER_ARGS), LR, SCHEDULE, EMA, EPOCHS,
+PATIENCE, LIMIT_BATCHES, TRAIN_BATCH_SIZE, VAL_BATCH_SIZE, ACCUMULATE_GRAD_BATCHES, GRADIENT_CLIP,
+PRECISION, SEED. Hardware: ACCELERATOR, DEVICES, NUM_NODES, STRATEGY, NUM_WORKERS, COMPILE.
+RESUME continues where the last run stopped. Several folds are trained one after the other, each in
+its own process.
 
     python Lightning_trainer.py
     python Lightning_trainer.py FOLDS=[0] EPOCHS=1 CROP_SIZE=256
@@ -57,7 +57,7 @@ def main() -> None:
     ranks = int(os.environ.get('WORLD_SIZE') or os.environ.get('SLURM_NTASKS') or 1)
     if ranks > 1:
         raise config.UserMistake(
-            f'FOLDS={config.FOLDS}: torchrun and srun train one fold each: start one per fold'
+            f'FOLDS={config.FOLDS}: torchrun and srun can train only one fold: start one per fold'
         )
     start = time.monotonic()
     for fold in config.FOLDS:
@@ -73,19 +73,19 @@ def main() -> None:
 
 
 def train_in_new_process(fold: int) -> None:
-    """Train a fold by this script in a process that gets all constants as they are now."""
+    """Train a fold with this script in a new process, with all constants as they are now."""
     process = subprocess.Popen([sys.executable, __file__, *command_line.as_arguments(FOLDS=[fold])])
-    # Ctrl-C reaches the child by itself. SIGTERM is sent to this process alone.
+    # Ctrl-C also reaches the child. SIGTERM reaches only this process, so pass it on.
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         status = process.wait()
     except KeyboardInterrupt:
         status = process.wait()
     if status < 0 and status != -signal.SIGINT:
-        hint = ' (often: out of main memory)' * (status == -signal.SIGKILL)
+        hint = ' (often because memory ran out)' * (status == -signal.SIGKILL)
         print(
-            f'fold {fold}: its process was ended by {signal.Signals(-status).name}{hint}; RESUME=True '
-            'goes on after its last finished epoch',
+            f'fold {fold}: its process was ended by {signal.Signals(-status).name}{hint}: run '
+            'again with RESUME=True to continue after the last finished epoch',
             file=sys.stderr,
         )
     if status:
@@ -93,15 +93,15 @@ def train_in_new_process(fold: int) -> None:
 
 
 def train_fold(fold: int) -> None:
-    """Train a fold's model on all other folds and enter it into models.csv; RESUME goes on."""
+    """Train the model of a fold on all other folds, or resume it. Enter it into models.csv."""
     runtime.hide_warnings()
     logs = config.path(config.LOGS_PATH)
-    busy = f'fold {fold} is being trained in {logs} already: wait, or set other folders'
+    busy = f'fold {fold} is being trained in {logs} already: wait, or change LOGS_PATH and OUTPUT'
     rank_zero = rank_zero_only.rank == 0
     with files.file_lock(logs / f'.fold{fold}.lock', busy) if rank_zero else nullcontext():
         run = callbacks.find_run(fold) if config.RESUME else None
         if config.RESUME and run is None:
-            runtime.print_once(f'RESUME=True: no run of fold {fold} to go on with: starts anew')
+            runtime.print_once(f'RESUME=True: fold {fold} has no run to resume: starting a new one')
         if run is None or not run.finished:
             fit(fold, run)
         elif rank_zero:
@@ -148,13 +148,13 @@ def fit(fold: int, run: callbacks.Run | None) -> None:
 
 
 def make_trainer(fold: int, run: callbacks.Run | None) -> tuple[pl.Trainer, callbacks.EpochLog]:
-    """Lightning's Trainer for a fold, logging into a new version folder, or into the run's."""
+    """The Trainer of a fold. It logs to a new version folder, or to that of the resumed run."""
     torch.set_float32_matmul_precision('high')  # TF32 on the GPUs that have it
     folder = run.folder if run else callbacks.new_version_folder()
     log, bars = callbacks.EpochLog(fold), callbacks.progress_bars()
     plugins = [callbacks.AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
-        # Lightning's requeue would resume from a checkpoint that no check of ours has seen.
+        # Lightning's requeue would resume from a checkpoint that we have not checked.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     trainer = runtime.trainer(
         max_epochs=config.EPOCHS,
@@ -181,7 +181,7 @@ def make_trainer(fold: int, run: callbacks.Run | None) -> tuple[pl.Trainer, call
 
 
 def print_start(fold: int, table: pd.DataFrame, items: int, model, trainer: pl.Trainer) -> None:
-    """Print what is about to be trained, on how many images or crops (`items`), and how."""
+    """Print a summary before the training. `items`: number of training images or crops."""
     parts = {'trains on': table.kfold != fold, 'validates on': table.kfold == fold}
     images = (
         f'{what} {rows.sum()} images of {table.group[rows].nunique()} groups'
@@ -203,15 +203,15 @@ def print_start(fold: int, table: pd.DataFrame, items: int, model, trainer: pl.T
     }
     if steps < 10 and config.ACCUMULATE_GRAD_BATCHES > 1:
         lines['warning'] = (
-            f'only {steps} optimizer step{"s" * (steps > 1)} per epoch: few images want a smaller '
-            f'ACCUMULATE_GRAD_BATCHES: {max(1, batches // 10)} gives {min(batches, 10)} steps or more'
+            f'only {steps} optimizer step{"s" * (steps > 1)} per epoch: set a smaller '
+            f'ACCUMULATE_GRAD_BATCHES: {max(1, batches // 10)} gives {min(batches, 10)} or more'
         )
     needs_object = config.LOSS in dice_loss.NEED_AN_OBJECT
     share = folds.empty_share(table.img.tolist()) if needs_object else 0
     if share > 0.1:
         lines['empty'] = (
-            f'{share:.0%} of the masks that were looked at have no object. {config.LOSS} learns '
-            'nothing from them: take DC_and_CE_loss'
+            f'{share:.0%} of the masks in a sample have no object. {config.LOSS} learns '
+            'nothing from them: set LOSS=DC_and_CE_loss'
         )
     print('\n'.join(f'{key:10s}{value}' for key, value in lines.items()), flush=True)
 
@@ -235,13 +235,13 @@ def finish(fold: int, trainer: pl.Trainer, log: callbacks.EpochLog, seconds: flo
     trainer.logger.finalize('success')
     epochs = len(log.history)
     if epochs < config.EPOCHS:
-        print(f'no better val_dice in {config.PATIENCE} epochs: stopped after {epochs}')
+        print(f'stopped after epoch {epochs}: no better val_dice in {config.PATIENCE} epochs')
     share = runtime.data_wait_share(trainer.profiler.recorded_durations)
     print(
         f'fold {fold}: best val_dice {best["val_dice"]:.4f} in epoch {best["epoch"] + 1}, '
         f'{seconds / 60:.1f} minutes, peak memory {runtime.peak_memory_mb():.0f} MB, '
         f'{files.relative(checkpoint)}\n'
-        f'the {trainer.strategy.root_device.type} waited for data in {share:.0%} of the time'
+        f'the {trainer.strategy.root_device.type} waited for data {share:.0%} of the time'
         f'{runtime.faster_input(share)}{runtime.trial_note(config.LIMIT_BATCHES)}',
         flush=True,
     )

@@ -1,8 +1,8 @@
-"""Cross-entropy losses, and what they share with the overlap losses of dice_loss.py.
+"""Cross-entropy losses, and the code that they share with the losses of dice_loss.py.
 
 A loss is called as loss(logits, mask). Logits are (N, C, H, W). Masks are (N, H, W) and hold class
-indices, 0 and 1 for C = 1. Pixels of IGNORE_INDEX do not count. The loss is the mean over images, 0
-for a perfect prediction, never less. It is computed in float32 or float64, also under autocast.
+indices, 0 and 1 for C = 1. Pixels of IGNORE_INDEX do not count. The loss is the mean over images: 0
+for a perfect prediction, never negative. It is computed in float32 or float64, also under autocast.
 
 In the docstrings, p is the probability of a class (sigmoid for C = 1, else softmax), y is 1 in its
 pixels and 0 elsewhere, p_y is the probability of a pixel's true class, ce is -ln(p_y).
@@ -62,7 +62,7 @@ class Loss(torch.nn.Module):
     def __init__(self, name, formula, /, classes=1, ignore_index=None, **args):
         super().__init__()
         if classes > 1 and name.startswith('BCE'):
-            raise config.UserMistake(f'{name} is not for CLASSES={classes}: take {name[1:]}')
+            raise config.UserMistake(f'LOSS={name} is not for CLASSES={classes}: use {name[1:]}')
         takes = inspect.signature(functools.partial(formula, None))
         for key in args.keys() - takes.parameters.keys():
             meant = config.did_you_mean(key, takes.parameters)

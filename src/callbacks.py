@@ -1,4 +1,4 @@
-"""What a training prints and keeps: lines, bar, pictures; checkpoints, and finding them again."""
+"""Callbacks for epoch lines, progress bar, pictures, checkpoints; finding a run to resume."""
 
 import io
 import os
@@ -22,7 +22,7 @@ import folds
 import plots
 import runtime
 
-NOT_FINITE = 'not_finite.txt'  # in a version folder: the message that its training stopped with
+NOT_FINITE = 'not_finite.txt'  # in a version folder: why its training stopped
 
 
 class ProgressBar(TQDMProgressBar):
@@ -44,7 +44,7 @@ def progress_bars() -> list[Callback]:
 class EpochLog(Callback):
     """Prints one line per epoch, and writes metrics.csv: one row per epoch.
 
-    `history` has a dictionary of all logged values per epoch, `rates` pairs of finished epochs, such
+    `history` has one dictionary of logged values per epoch. `rates` has pairs: epochs so far, such
     as 2.5, and learning rate. Both are saved in every checkpoint, for a resumed run.
     """
 
@@ -85,8 +85,8 @@ class EpochLog(Callback):
         stopped = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
         if stopped and trainer.is_global_zero:
             score = trainer.checkpoint_callback.best_model_score
-            best = 'before its first epoch ended' if score is None else f'at val_dice {score:.4f}'
-            print(f'fold {self.fold} was stopped {best}; RESUME=True goes on from here', flush=True)
+            best = 'in its first epoch' if score is None else f'with best val_dice {score:.4f}'
+            print(f'fold {self.fold} was stopped {best}: run again with RESUME=True', flush=True)
 
 
 class PredictionImages(Callback):
@@ -106,10 +106,10 @@ class PredictionImages(Callback):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints beside their place and renames them.
+    """Writes a checkpoint to a temporary file in the same folder, then renames it.
 
-    Lightning's own are moved from the system's temporary folder, which on another disk is a copy
-    that a kill can cut short.
+    Lightning moves it from the system's temporary folder. If that is on another disk, the move is a
+    copy, and a kill can leave half a file.
     """
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
@@ -132,12 +132,12 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 def checkpoints_and_stop() -> list[Callback]:
-    """The best checkpoint, last.ckpt after every epoch, and the stop after PATIENCE epochs."""
+    """Callbacks for the best checkpoint, last.ckpt after every epoch, and PATIENCE."""
     always, best = {'save_on_train_epoch_end': True}, {'monitor': 'val_dice', 'mode': 'max'}
     stop = [] if config.PATIENCE is None else [EarlyStopping(**best, patience=config.PATIENCE)]
     return [
         BestCheckpoint(filename='{epoch}-{val_dice:.4f}', **best, **always),
-        # `save_last` would write last.ckpt after the best epochs alone.
+        # `save_last` would write last.ckpt only after the best epochs.
         ModelCheckpoint(filename='last', enable_version_counter=False, **always),
         *stop,
     ]
@@ -161,7 +161,7 @@ def version_folders() -> list[Path]:
 
 
 def new_version_folder() -> Path:
-    """Make the next LOGS_PATH/version_#. Folds that start side by side get one each."""
+    """Make the next LOGS_PATH/version_#. Folds that start at the same time get different ones."""
     older = version_folders()
     number = int(older[-1].name[8:]) + 1 if older else 0
     while True:
@@ -176,9 +176,9 @@ def new_version_folder() -> Path:
 
 
 def find_run(fold: int) -> Run | None:
-    """The newest run of a fold, to be resumed.
+    """The newest run of a fold, to resume it; None if there is none.
 
-    Rank 0 also removes checkpoints of it that the newest one does not mention: a kill left them.
+    Rank 0 also removes checkpoints that a kill left: all but the newest and the best one.
 
     Raises:
         config.UserMistake: if a checkpoint cannot be read, or the run was started with other
@@ -212,15 +212,15 @@ def find_run(fold: int) -> Run | None:
 
 
 def read_checkpoint(file: Path) -> dict | None:
-    """A checkpoint, its tensors mapped rather than read; None if rank 0 has removed it by now."""
+    """A checkpoint with memory-mapped tensors; None if rank 0 has just removed it."""
     try:
         return torch.load(file, map_location='cpu', weights_only=True, mmap=True)
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged file raises whatever pickle, zipfile and torch raise
         raise config.UserMistake(
-            f'{files.relative(file)}: cannot be read ({config.shorten(error, 120)}): remove it to go '
-            f'on from an older checkpoint, or remove {file.parent.parent.name} to train anew'
+            f'{files.relative(file)}: cannot be read ({config.shorten(error, 120)}): remove it to '
+            f'resume from an older checkpoint, or remove {file.parent.parent.name} to start again'
         ) from None
 
 
@@ -234,16 +234,16 @@ def check_resumable(folder: Path, fold: int, state: dict) -> None:
     differ = config.differing_constants(saved, config.constants())
     if set(differ) - may_differ:
         was = ', '.join(f'{name}={saved[name]}' for name in differ if name not in may_differ)
-        planned = f" (SCHEDULE='{schedule}' was planned for them)" * ('EPOCHS' in differ)
+        planned = f" (SCHEDULE='{schedule}' depends on EPOCHS)" * ('EPOCHS' in differ)
         raise config.UserMistake(
             f'RESUME=True: {folder.name} was started with {was}{planned}: set the same, or '
-            'RESUME=False to start anew'
+            'set RESUME=False to start a new run'
         )
     for name in differ:
         now = getattr(config, name)
-        runtime.print_once(f'resumes {folder.name} with {name}={now}, was {saved[name]}')
+        runtime.print_once(f'resuming {folder.name} with {name}={now}, was {saved[name]}')
     if state['image_digests'] != folds.digests(fold):
         raise config.UserMistake(
             f'RESUME=True: {folder.name} was started with other images in its folds than '
-            f'{config.TRAIN_FOLDS} has now: put the older file back, or RESUME=False to start anew'
+            f'{config.TRAIN_FOLDS} has now: restore the old file, or set RESUME=False'
         )

@@ -17,7 +17,7 @@ KINDS = {
     float: ('a number above 0', {int, float}),
     bool: ('True or False', {bool}),
     str: ('text', {str}),
-    dict: ("""a dictionary, such as "{'smooth': 1.0}" (in a shell with both quotes)""", {dict}),
+    dict: ("""a dictionary, such as "{'smooth': 1.0}" (in a shell, with all quotes)""", {dict}),
     list: ('a list', {list, tuple}),
     tuple: ('a list', {list, tuple}),
     type(None): ('None', {type(None)}),
@@ -34,9 +34,9 @@ RULES = {
                    lambda v: [type(x) in NUMBERS for x in v] == [True] * config.CHANNELS),
     'MODEL_STD': ('one number above 0 per channel',
                   lambda v: [type(x) in NUMBERS and x > 0 for x in v] == [True] * config.CHANNELS),
-    'IGNORE_INDEX': ('None or a whole number; if CLASSES is 1 or 2, 0 and 1 are the classes',
+    'IGNORE_INDEX': ('None or a whole number, but not 0 or 1 if CLASSES is 1 or 2',
                      lambda v: config.CLASSES > 2 or v not in (0, 1)),
-    'MASK_COLOURS': ('None or [(r, g, b), ...], each from 0 to 255, one per class, and two if CLASSES=1',
+    'MASK_COLOURS': ('None or [(r, g, b), ...] from 0 to 255: one per class, or two if CLASSES=1',
                      lambda v: v is None or len(v) == len({*map(tuple, v)}) == max(2, config.CLASSES)
                      == sum(len(c) == 3 and set(c) <= set(range(256)) for c in v)),
     'IMAGE_PREFIX': ('text', lambda v: True),
@@ -46,7 +46,7 @@ RULES = {
                     lambda v: v is None or re.compile(v).groups >= 1),
     **dict.fromkeys(
         ('IMAGE_SUFFIX', 'MASK_SUFFIX', 'TEST_SUFFIX'),
-        ("an ending, such as '.png', or a list of endings",
+        ("a suffix such as '.png' or '_mask.png', or a list of suffixes",
          lambda v: v and all(type(x) is str and x for x in config.endings(v)))),
     'FOLDS': ('a list of different folds from 0 to N_FOLDS - 1',
               lambda v: 0 < len(v) == len(set(v)) and set(v) <= set(range(config.N_FOLDS))),
@@ -80,9 +80,9 @@ def override(arguments: list[str]) -> None:
     for argument in arguments:
         name, equals, text = argument.partition('=')
         if not equals:
-            raise config.UserMistake(f"'{argument}' is not a NAME=value argument, such as EPOCHS=1")
+            raise config.UserMistake(f"'{argument}': write NAME=value, such as EPOCHS=1")
         if name not in NAMES:
-            meant = config.did_you_mean(name, NAMES).strip() or f'legal: {", ".join(NAMES)}'
+            meant = config.did_you_mean(name, NAMES).strip() or f'valid: {", ".join(NAMES)}'
             raise config.UserMistake(f"'{name}' is not a constant in config.py: {meant}")
         try:
             value = ast.literal_eval(text)
@@ -97,13 +97,13 @@ def override(arguments: list[str]) -> None:
 
 
 def check() -> None:
-    """Raise config.UserMistake, naming the legal values, if a constant has another one."""
+    """Raise config.UserMistake if a constant has a wrong value. It names the valid values."""
     for name, value in config.constants().items():
         described, types = kinds(name)
         default = described, lambda v: v > 0 if type(v) in NUMBERS else v != ''
         legal, test = RULES.get(name, default)
         try:
-            json.dumps(value)  # checkpoints hold plain types alone
+            json.dumps(value)  # checkpoints can save only plain types
             right = type(value) in types and test(value)
         except (TypeError, re.error):
             right = False
@@ -124,22 +124,22 @@ def positive_int(text: str) -> int:
 
 
 def explain_disk_error(error: OSError) -> str:
-    """What to do about a file that cannot be written, naming the constant of its folder."""
+    """A message about a file that cannot be written. It names the constant of the folder."""
     file = Path(error.filename or '')
     folders = {n: config.path(getattr(config, n)) for n in ('OUTPUT', 'LOGS_PATH', 'INPUT')}
     name = next((n for n, folder in folders.items() if file.is_relative_to(folder)), 'OUTPUT')
-    room = 'make room, or ' * (error.errno in FULL)
-    return f'{file}: {error.strerror}: {room}set {name} to a folder that you may write to'
+    room = 'make room on the disk, or ' * (error.errno in FULL)
+    return f'{file}: {error.strerror}: {room}set {name} to a folder that you can write to'
 
 
 def run(main, doc: str, options: dict[str, dict] | None = None, defaults: list[str] = ()) -> None:
-    """Run a script. A user's mistake ends it with one line and status 1, a bug with its traceback.
+    """Run a script. On a UserMistake it prints one line (exit status 1), on a bug the traceback.
 
     Args:
         main: called with the values of the script's options, or without arguments if it has none.
         doc: the script's docstring. --help prints it, and the constants that it names.
         options: name -> keywords of argparse's add_argument.
-        defaults: NAME=value arguments that the user's own override.
+        defaults: NAME=value arguments; those of the user override them.
     """
 
     def refuse(message: str):
@@ -154,18 +154,18 @@ def run(main, doc: str, options: dict[str, dict] | None = None, defaults: list[s
         if {'-h', '--help'} & set(sys.argv[1:]):
             override(defaults)
             used = [f'  {n} = {getattr(config, n)!r}' for n in NAMES if re.search(rf'\b{n}\b', doc)]
-            print(doc.strip(), '\nConstants, for one run as NAME=value arguments:', *used, sep='\n')
+            print(doc.strip(), '\nConstants (set one with NAME=value):', *used, sep='\n')
             return
         values = parser.parse_intermixed_args()
         override([*defaults, *values.arguments])
         check()
         if not options:
-            # Lightning starts further processes with this command. An edit of config.py until then
-            # does not reach them.
+            # Lightning starts more processes with this command line. It gives them all constants as
+            # they are now, even if config.py is edited in the meantime.
             sys.argv[1:] = as_arguments()
         main(*[values] if options else [])
     except config.UserMistake as mistake:
-        # An error in a DataLoader's worker arrives with the worker's traceback before it.
+        # PyTorch puts the traceback of a DataLoader worker before the message.
         sys.exit(str(mistake).rsplit('UserMistake: ', 1)[-1].strip())
     except KeyboardInterrupt:
         sys.exit('stopped')

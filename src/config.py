@@ -1,9 +1,9 @@
-"""Every constant of the project. Edit it here, or give it on the command line for one run:
+"""All constants of the project. Edit them here, or set some for one run on the command line:
 
     python Lightning_trainer.py EPOCHS=1 CROP_SIZE=256 MODEL_NAME=smp_fpn_resnet18
 
-Values are Python literals, else text; command_line.py checks them by the annotations. Relative paths
-start at the project root. A derived constant follows: INPUT=/data moves TRAIN_PATH.
+A value is a Python literal, else text. command_line.py checks it against the annotation. Relative
+paths start at the project root. INPUT=/data also changes TRAIN_PATH, which is derived from INPUT.
 """
 
 import difflib
@@ -12,17 +12,17 @@ from pathlib import Path
 
 
 def cpu_count() -> int:
-    """CPU cores that this process may use: in a container or a job perhaps not all."""
+    """Number of CPU cores that this process may use: in a container perhaps not all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def pair(size) -> tuple:
-    """CROP_SIZE as (height, width): it may be one side of a square."""
+    """CROP_SIZE as (height, width). A single number is the side of a square."""
     return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
 
 def endings(suffix) -> list:
-    """The endings of IMAGE_SUFFIX and its like, which may be one."""
+    """IMAGE_SUFFIX, MASK_SUFFIX or TEST_SUFFIX as a list. Each may also be a single string."""
     return [suffix] if isinstance(suffix, str) else suffix
 
 
@@ -33,39 +33,39 @@ LOGS_PATH: str = 'lightning_logs'  # one folder version_# per trained fold
 
 TRAIN_PATH: str = f'{INPUT}/train_hq'
 MASK_PATH: str = f'{INPUT}/train_masks'
-TEST_PATH: str = f'{INPUT}/test_hq'  # no such folder: nothing is predicted
-# Column img; if absent or None: all images. Its column rle_mask stands in for missing mask files.
-TRAIN_CSV: str | None = f'{INPUT}/train_masks.csv'
+TEST_PATH: str = f'{INPUT}/test_hq'  # if it does not exist, nothing is predicted
+# The column img lists the images. A column rle_mask can replace missing mask files.
+TRAIN_CSV: str | None = f'{INPUT}/train_masks.csv'  # None, or no such file: all images
 TEST_CSV: str | None = f'{INPUT}/sample_submission.csv'  # column img: order of the submission
 TRAIN_FOLDS: str = f'{OUTPUT}/train_folds.csv'  # written by folds.py
 
-# Image file = IMAGE_PREFIX + name + IMAGE_SUFFIX, an ending or a list of endings; masks alike. A name
-# may begin with folders inside TRAIN_PATH, such as patient00/.
+# An image file is IMAGE_PREFIX + name + IMAGE_SUFFIX, a mask file likewise. A suffix may be a list.
+# The name includes subfolders of TRAIN_PATH, such as patient00/.
 IMAGE_SUFFIX: str | list = '.jpg'
 MASK_SUFFIX: str | list = '_mask.gif'
 IMAGE_PREFIX: str = ''
 MASK_PREFIX: str = ''
 TEST_SUFFIX: str | list = IMAGE_SUFFIX  # of the images to predict
-EMPTY_IF_NO_MASK: bool = False  # an image without a mask file holds no object
+EMPTY_IF_NO_MASK: bool = False  # treat an image without a mask file as one without an object
 
 # ---------------------------------------------------------------- image
-CROP_SIZE: int | tuple = 1024  # pixels that the model is fed: a side, or (height, width)
-# None: whole images are resized to CROP_SIZE. A number: images are scaled by it (1.0: not at all), cut
-# into random crops of CROP_SIZE for training, and predicted by windows of it.
+CROP_SIZE: int | tuple = 1024  # size of the model's input: one side, or (height, width)
+# None resizes whole images to CROP_SIZE. A number scales images by it (1.0: original size), trains
+# on random crops of CROP_SIZE, and predicts in overlapping windows of CROP_SIZE.
 SCALE: float | None = None
 CHANNELS: int = 3  # 3 = RGB, 1 = grey
 CLASSES: int = 1  # 1 = binary (sigmoid, masks 0/1), N = multi-class (softmax, masks 0..N-1)
-INPUT_SHAPE: tuple = (CHANNELS, *pair(CROP_SIZE))  # follows from the two above
+INPUT_SHAPE: tuple = (CHANNELS, *pair(CROP_SIZE))  # derived: set CHANNELS and CROP_SIZE instead
 # Per channel, for images scaled to 0..1; the defaults are ImageNet's.
 MODEL_MEAN: tuple = (0.485, 0.456, 0.406) if CHANNELS == 3 else (0.449,)
 MODEL_STD: tuple = (0.229, 0.224, 0.225) if CHANNELS == 3 else (0.226,)
 IGNORE_INDEX: int | None = None  # mask value that is neither trained on nor scored, e.g. 255
-# For masks in colours: [(r, g, b), ...], one per class; background and object if CLASSES is 1.
+# For coloured masks: [(r, g, b), ...], one per class. With CLASSES=1: background and object.
 MASK_COLOURS: list | None = None
 
 # ---------------------------------------------------------------- folds
 N_FOLDS: int = 5
-GROUP_REGEX: str | None = r'^([0-9a-f]{12})_\d\d$'  # its (group), here the car, is never split
+GROUP_REGEX: str | None = r'^([0-9a-f]{12})_\d\d$'  # a (group), here a car, stays in one fold
 FOLDS: list = [*range(N_FOLDS)]  # folds to train and to test
 
 # ---------------------------------------------------------------- model
@@ -75,43 +75,43 @@ ENCODER_WEIGHTS: str | None = 'imagenet'  # or None, or the path of a weights fi
 # ---------------------------------------------------------------- training
 LOSS: str = 'IoULoss'  # any name in dice_loss.LOSSES
 LOSS_ARGS: dict = {}  # its arguments, e.g. {'alpha': 0.5, 'beta': 0.5} for TverskyLoss
-LR: float = 0.001  # the highest that SCHEDULE reaches
+LR: float = 0.001  # highest learning rate of SCHEDULE
 SCHEDULE: str | None = 'cosine'  # of LR: 'cosine', 'onecycle', 'poly', 'plateau'; None = constant
 OPTIMIZER: str = 'Adam'  # any class of torch.optim
 OPTIMIZER_ARGS: dict = {}  # its arguments, e.g. {'weight_decay': 0.01} for AdamW
-# Decay, such as 0.99, of an average of the weights, which is then what is kept.
+# Decay of a moving average of the weights, such as 0.99. Checkpoints then contain the average.
 EMA: float | None = None
-GRADIENT_CLIP: float | None = None  # largest norm of the gradients
+GRADIENT_CLIP: float | None = None  # gradients are clipped to this norm
 EPOCHS: int = 7
-PATIENCE: int | None = None  # stop after so many epochs without a better val_dice
-LIMIT_BATCHES: int | None = None  # batches per epoch, to try a configuration in a minute
+PATIENCE: int | None = None  # stop after this many epochs without a better val_dice
+LIMIT_BATCHES: int | None = None  # use only this many batches per epoch, for a quick trial
 TRAIN_BATCH_SIZE: int = 4  # images per device
 VAL_BATCH_SIZE: int = 4  # images per device, also in the tester
-ACCUMULATE_GRAD_BATCHES: int = 64  # batches per optimizer step, for thousands of images
+ACCUMULATE_GRAD_BATCHES: int = 64  # batches per optimizer step; 64 is for thousands of images
 PRECISION: int | str = 16  # 16 (float16, needs CUDA), 'bf16' or 32
 AUGMENTATION: str = 'original'  # any name in dataset.AUGMENTATIONS
 SEED: int = 42
 NUM_WORKERS: int = min(8, cpu_count())  # processes per device that decode images
 CACHE: bool = False  # keep decoded, resized images under OUTPUT/cache: 4 MB each at 1024 pixels
-RESUME: bool = False  # go on where the last run stopped
+RESUME: bool = False  # continue where the last run stopped
 
 # ---------------------------------------------------------------- hardware
 ACCELERATOR: str = 'auto'  # 'auto', 'gpu', 'cpu', ... as in Lightning's Trainer
 DEVICES: int | str = 1  # per machine
 NUM_NODES: int = 1
 STRATEGY: str = 'auto'  # 'auto', 'ddp', ... as in Lightning's Trainer
-COMPILE: bool = False  # torch.compile: minutes at the start, faster steps afterwards
+COMPILE: bool = False  # torch.compile: takes minutes at the start, then steps are faster
 
 # ---------------------------------------------------------------- testing
 PATH: str | None = None  # a checkpoint; None = the best one of every trained fold (models.csv)
-TTA: bool = False  # average with the prediction for the mirrored image
-THRESHOLD: float | None = None  # foreground above this probability; None = tuned out of fold
+TTA: bool = False  # also predict the mirrored image, and average
+THRESHOLD: float | None = None  # probability above it is foreground; None = the best out of fold
 SAVE_MASKS: bool = False  # also write OUTPUT/test_masks/<img>.png
 
 
-# ---------------------------------------------------------------- not to be edited
+# ---------------------------------------------------------------- do not edit below
 class UserMistake(ValueError):
-    """Wrong input or settings. Scripts print its message, one line, and end with status 1."""
+    """Wrong input or settings. A script prints the message in one line and exits with status 1."""
 
 
 def path(name: str) -> Path:
@@ -125,7 +125,7 @@ def crop_size() -> tuple[int, int]:
 
 
 def constants() -> dict:
-    """Name -> value of every constant, in plain types: lists for tuples, as checkpoints want them."""
+    """Name -> value of every constant. Tuples become lists, so that checkpoints can save them."""
     return {name: plain(value) for name, value in globals().items() if name.isupper()}
 
 
@@ -134,7 +134,7 @@ def plain(value):
 
 
 def differing_constants(saved: dict, other: dict) -> list[str]:
-    """Names of the constants that make two trainings differ: not paths, hardware or the tester's."""
+    """Names of differing constants that affect a training: not paths, hardware or the tester's."""
     neutral = (
         'INPUT OUTPUT LOGS_PATH TRAIN_PATH MASK_PATH TEST_PATH TRAIN_CSV TEST_CSV TRAIN_FOLDS '
         'TEST_SUFFIX '
@@ -146,7 +146,7 @@ def differing_constants(saved: dict, other: dict) -> list[str]:
 
 
 def shorten(error: Exception, length: int = 160) -> str:
-    """Another package's error message in one line of about `length` characters."""
+    """The error message of another package, in one line of about `length` characters."""
     text = ' '.join(str(error).split())
     if len(text) > length:
         return text[:length].rpartition('. ')[0] or f'{text[:length]}...'

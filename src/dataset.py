@@ -11,7 +11,7 @@ import os
 import zlib
 from pathlib import Path
 
-os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # or its import asks a server for updates
+os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # else the import asks a server for updates
 
 import albumentations as A
 import cv2
@@ -25,7 +25,7 @@ import folds as fold_table
 import images
 import masks
 
-READING = 2  # one more whenever files are read otherwise: older caches are not believed
+READING = 2  # raise it when files are read differently: older cache files are then not used
 # The original's ShiftScaleRotate: one scale for both axes, a reflected border.
 SHIFT_SCALE_ROTATE = {
     'translate_percent': {'x': (-0.0625, 0.0625), 'y': (-0.0625, 0.0625)},
@@ -40,7 +40,7 @@ AUGMENTATIONS = {
     'none': [],
     'original': [A.Affine(**SHIFT_SCALE_ROTATE)],
     'flip': [A.HorizontalFlip(p=0.5), A.Affine(**SHIFT_SCALE_ROTATE)],
-    # Other light, blur, noise, compression, occlusion: for images unlike the training set's.
+    # Light, blur, noise, compression, occlusion: for test images unlike the training images.
     'strong': [
         A.HorizontalFlip(p=0.5),
         A.Affine(**SHIFT_SCALE_ROTATE),
@@ -60,7 +60,7 @@ def build_augmentation(name: str, channels: int) -> A.Compose:
     """The transforms of AUGMENTATIONS[name]; those of colour need 3 channels."""
     if name not in AUGMENTATIONS:
         raise config.UserMistake(
-            f'AUGMENTATION={name!r}: {config.did_you_mean(name, AUGMENTATIONS)}legal: '
+            f'AUGMENTATION={name!r}: {config.did_you_mean(name, AUGMENTATIONS)}valid: '
             f'{", ".join(AUGMENTATIONS)}'
         )
     transforms = copy.deepcopy(AUGMENTATIONS[name])  # each dataset seeds its own
@@ -72,8 +72,8 @@ def build_augmentation(name: str, channels: int) -> A.Compose:
 def seed_augmentation(augment: A.Compose, text: str) -> None:
     """Seed every transform from a text.
 
-    In albumentations 2.0.8 all workers would inherit the same generator. Its set_random_seed gives
-    all transforms one generator: those with the same p would be applied together or not at all.
+    In albumentations 2.0.8, all workers would inherit the same generator. Its set_random_seed gives
+    all transforms one generator: those of equal p would all be applied, or none of them.
     """
     for position, transform in enumerate(augment.transforms):
         transform.set_random_seed(zlib.crc32(f'{text} {position}'.encode()))
@@ -86,9 +86,9 @@ def read_pair(image_file: Path, mask_file: Path | masks.Runs, size, channels, *m
 
 
 def read_cached(folder: Path, *pair) -> tuple[np.ndarray, np.ndarray]:
-    """What read_pair(*pair) returns, from a folder where the first call for a pair saves it.
+    """The result of read_pair(*pair). The first call saves it in a folder, later calls load it.
 
-    The files are named by a digest of all that the pixels depend on, so they are right or not found.
+    The file name is a hash of all that the pixels depend on, so a file that is found is up to date.
     """
     state = [READING, *pair[2:]]
     for file in pair[:2]:
@@ -102,25 +102,25 @@ def read_cached(folder: Path, *pair) -> tuple[np.ndarray, np.ndarray]:
     if not saved[1].exists():  # it is written last
         for file, pixels in zip(saved, read_pair(*pair)):
             try:
-                # Workers and folds may write it at once: each into a file of its own.
+                # Several processes may write it at once: each has its own temporary file.
                 ending = f'.{os.getpid()}.tmp'
                 with files.atomic_write(file, ending) as temporary, temporary.open('wb') as opened:
                     np.save(opened, pixels)
             except OSError as error:
-                raise config.UserMistake(f'{error}: make room, or set CACHE=False') from None
+                raise config.UserMistake(f'{error}: free disk space, or set CACHE=False') from None
     # Mapped into memory that all workers and folds share; 'c': changes stay in this process.
     return tuple(np.asarray(np.load(file, mmap_mode='c')) for file in saved)
 
 
 class CarvanaDataset(Dataset):
-    """The images of some folds with their masks, resized to CROP_SIZE; or, with SCALE, random crops of
-    CROP_SIZE for training, as many of an image as tiles fit into it, and whole images otherwise.
+    """The images of some folds with their masks, resized to CROP_SIZE. With SCALE, training uses
+    random crops, as many per image as tiles of CROP_SIZE fit into it; validation uses whole images.
 
     Items: {'image': uint8 (CHANNELS, H, W), 'mask': uint8 (H, W) of class indices, 'img': name}.
 
-    An augmented item depends on (SEED, epoch, name, number of its crop) alone, whichever worker makes
-    it. Ask for (epoch, index), as EpochSampler does, to give the epoch. For a plain index it is the
-    number of times that this index was asked for, counted in memory that all workers share.
+    An augmented item depends only on (SEED, epoch, name, number of its crop), not on the worker.
+    Request (epoch, index), as EpochSampler does, to set the epoch. For a plain index, the epoch is
+    the number of earlier requests for this index, counted in memory that all workers share.
 
     Args:
         folds: values of kfold in TRAIN_FOLDS.
@@ -129,7 +129,7 @@ class CarvanaDataset(Dataset):
 
     def __init__(self, folds: list[int], train: bool | None = None):
         self.names = fold_table.read_folds(folds).img.tolist()
-        # Kept here: a spawned worker imports config.py anew, without command line arguments.
+        # Keep them: a spawned worker imports config.py again, without command-line arguments.
         self.seed, self.files = config.SEED, masks.files_of(self.names)
         self.sizes = images.sizes_of([image for image, _ in self.files])
         self.settings = config.CHANNELS, *fold_table.mask_rule()
@@ -172,8 +172,8 @@ class CarvanaDataset(Dataset):
 class EpochSampler(DistributedSampler):
     """DistributedSampler that yields (epoch, index). Lightning sets its epoch.
 
-    The order depends on (SEED, epoch) alone, so a resumed run goes on with the same batches.
-    If nobody sets the epoch, each pass is the next one.
+    The order depends only on (SEED, epoch), so a resumed run continues with the same batches.
+    If nobody sets the epoch, each pass counts as the next epoch.
     """
 
     def __iter__(self):
@@ -185,6 +185,6 @@ class EpochSampler(DistributedSampler):
 
 def collate(items: list[dict]) -> dict:
     """A batch of CarvanaDataset items. Its images are channels-last in memory, for the models."""
-    # Images are decoded as (H, W, C): stacked so, they are copied whole, not pixel by pixel.
+    # Stack images as (H, W, C), the order of decoding: this copies each one in a single block.
     stacked = default_collate([item.pop('image').permute(1, 2, 0) for item in items])
     return {'image': stacked.permute(0, 3, 1, 2), **default_collate(items)}

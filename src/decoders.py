@@ -13,5 +13,5 @@ def check_name(name: str) -> None:
     if name not in DECODERS:
         meant = config.did_you_mean(name, DECODERS)
         raise config.UserMistake(
-            f"MODEL_NAME: no decoder '{name}'; {meant}legal: {', '.join(DECODERS)}"
+            f"MODEL_NAME: no decoder '{name}'; {meant}valid: {', '.join(DECODERS)}"
         )

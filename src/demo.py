@@ -1,7 +1,7 @@
-"""A made-up data set in the Carvana layout, and the three steps run on it: minutes, no download.
+"""Draw a synthetic data set in Carvana's layout, and run the three steps on it. No download.
 
 Reads   nothing.
-Writes  INPUT/demo: what Kaggle gives, and test_masks_truth; OUTPUT/demo, LOGS_PATH/demo.
+Writes  INPUT/demo: Kaggle's files, and test_masks_truth; OUTPUT/demo, LOGS_PATH/demo.
 
     python demo.py CROP_SIZE=128 EPOCHS=2                  with other constants for the steps
     python demo.py --cars 318 --test-cars 9 --size 1918x1280 --only-draw INPUT=/tmp/carvana
@@ -44,7 +44,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def arguments(given: list[str], **paths) -> list[str]:
-    """NAME=value arguments: SETTINGS and the paths, then the given ones, but for these paths."""
+    """NAME=value arguments: SETTINGS, the paths, then the given ones, except for the paths."""
     given = [argument for argument in given if argument.partition('=')[0] not in paths]
     return [f'{name}={value}' for name, value in (SETTINGS | paths).items()] + given
 
@@ -108,7 +108,7 @@ def draw_car(images, truths, name, car, side, size, seed) -> str:
 
 
 def make_dataset(folder, cars=CARS, test_cars=2, size=(480, 320), seed=42) -> None:
-    """Draw cars from 16 sides each into a folder, laid out as Carvana's; the same for a seed."""
+    """Draw cars from 16 sides each into a folder, in Carvana's layout. The seed decides all."""
     folder, rng, jobs = config.path(folder), np.random.default_rng(seed), []
     for car in range(cars + test_cars):
         names = ('train_hq', 'train_masks') if car < cars else ('test_hq', 'test_masks_truth')
@@ -126,11 +126,11 @@ def make_dataset(folder, cars=CARS, test_cars=2, size=(480, 320), seed=42) -> No
 def main(options) -> None:
     paths = {name: f'{getattr(config, name)}/demo' for name in ('INPUT', 'OUTPUT', 'LOGS_PATH')}
     make_dataset(paths['INPUT'], options.cars, options.test_cars, options.size, config.SEED)
-    print(f'{options.cars} + {options.test_cars} cars from 16 sides in {paths["INPUT"]}')
+    print(f'{paths["INPUT"]}: {options.cars} cars to train on, {options.test_cars} to predict')
     if options.only_draw:
         return
     given = arguments(options.arguments, **paths)
-    # Threads that wait actively make each other slow wherever another program runs.
+    # By default OpenMP threads busy-wait. This slows all of them if another program runs.
     environment = {'OMP_WAIT_POLICY': 'passive', **os.environ}
     for step in ('folds.py', 'Lightning_trainer.py', 'Lightning_tester.py'):
         print(f'\n--- python {step}', flush=True)

@@ -1,7 +1,7 @@
 """Overlap losses (Dice, IoU, Tversky, ...), and build_loss. ND_Crossentropy.py explains the symbols.
 
 The formulas use soft counts: tp = sum(p y), fp = sum(p (1 - y)), fn = sum((1 - p) y) and
-tn = sum((1 - p) (1 - y)). Most losses take smooth (added above and below the fraction bar, as masks
+tn = sum((1 - p) (1 - y)). Most losses take smooth (added to numerator and denominator, as masks
 may be empty), batch_dice (counts of the whole batch) and do_bg (class 0 counts, unless CLASSES=1).
 """
 
@@ -10,7 +10,7 @@ import torch
 import config
 from ND_Crossentropy import LOSSES, TopKLoss, loss, safe_pow
 
-# An image without an object has hardly any gradient under these.
+# These losses have almost no gradient on an image without an object.
 NEED_AN_OBJECT = (
     'SoftDiceLoss', 'IoULoss', 'TverskyLoss', 'FocalTversky_loss', 'AsymLoss', 'MCCLoss',
 )  # fmt: skip
@@ -180,5 +180,5 @@ def build_loss(name, classes=1, **args):
     """A new loss of LOSSES, called as loss(logits (N, C, H, W), mask (N, H, W))."""
     if name not in LOSSES:
         meant = config.did_you_mean(name, LOSSES)
-        raise config.UserMistake(f"LOSS: no loss is called '{name}'; {meant}legal: {list(LOSSES)}")
+        raise config.UserMistake(f"LOSS: no loss is called '{name}'; {meant}valid: {list(LOSSES)}")
     return LOSSES[name](classes, **args)

@@ -72,7 +72,7 @@ def load_file(encoder: torch.nn.Module, file: str) -> str:
     if not best:
         raise config.UserMistake(
             f'ENCODER_WEIGHTS={file}: none of its {len(found)} tensors fits the encoder: set a '
-            'weights file of the encoder of MODEL_NAME'
+            'weights file for the encoder in MODEL_NAME'
         )
     encoder.load_state_dict(best, strict=False)
     missing = [name for name in own.values() if name not in best]

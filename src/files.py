@@ -1,4 +1,4 @@
-"""Files: found by their names, written whole or not at all, locked; tables; models.csv."""
+"""Finding files by their names, atomic writes, locks, tables, and models.csv."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 import config
 
-# Constant of a folder -> constants that say how its files are named.
+# Constant of a folder -> constants of the prefix and the suffix of its files.
 NAMING = {
     'TRAIN_PATH': ('IMAGE_PREFIX', 'IMAGE_SUFFIX'),
     'MASK_PATH': ('MASK_PREFIX', 'MASK_SUFFIX'),
@@ -27,22 +27,22 @@ MODELS = ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']  # columns of 
 def atomic_write(file: Path, ending: str = '.tmp'):
     """Yield a path beside `file` to write to. It is renamed to `file` if the block succeeds."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ending)  # a fixed name: a killed run's is overwritten
+    temporary = file.with_name(file.name + ending)  # fixed, so the next run overwrites it
     try:
         yield temporary
         temporary.replace(file)
     except OSError as error:
-        error.filename = error.filename or str(file)  # write() on a full disk does not name it
+        error.filename = error.filename or str(file)  # write() to a full disk gives no name
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def file_lock(file: Path, busy: str = ''):
-    """Hold a lock file in a with statement, as one process of all that share the disk.
+    """A lock file for a with statement. Only one process on this disk can hold it.
 
     Args:
-        busy: the config.UserMistake if another process holds it. Without one, wait.
+        busy: the message of the config.UserMistake if another process holds it; '': wait.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -52,7 +52,7 @@ def file_lock(file: Path, busy: str = ''):
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OSError now, rather than after hours, if nothing can be written into a folder."""
+    """Raise OSError if a folder cannot be written to: now, and not after hours of training."""
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
 
@@ -80,7 +80,7 @@ def read_table(file: Path, columns: list[str], remedy: str) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table, its index first, as Markdown to paste; fractions with 4 digits."""
+    """A table as Markdown. The index is the first column. Floats have 4 decimals."""
     table = table.reset_index()
     rows = [table.columns, ['---'] * len(table.columns), *table.itertuples(index=False)]
     cells = ([f'{c:.4f}' if isinstance(c, float) else str(c) for c in row] for row in rows)
@@ -102,7 +102,7 @@ def read_models() -> pd.DataFrame:
 
 
 def enter_model(fold: int, folder: Path, checkpoint: Path, history: list[dict]) -> dict:
-    """Put a run's checkpoint into models.csv, in place of the fold's older one. Return its epoch."""
+    """Replace the fold's row in models.csv with this run. Return the log of its best epoch."""
     best = max(history, key=lambda epoch: epoch['val_dice'])  # the first of equals, as Lightning
     row = [fold, folder.name, relative(checkpoint), best['val_dice'], best['val_iou']]
     with file_lock(models_file().with_name('.models.lock')):  # folds may be trained side by side
@@ -115,7 +115,7 @@ def enter_model(fold: int, folder: Path, checkpoint: Path, history: list[dict]) 
 
 
 def relative(file: Path, root: Path | None = None) -> str:
-    """A path from the project root, or another, if it is inside."""
+    """The path relative to `root` (default: the project root) if inside it, else the full path."""
     root = root or config.path('.')
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
 
@@ -137,9 +137,9 @@ class NothingFound(config.UserMistake):
 
 
 def name_of(file: str, constant: str) -> str | None:
-    """The name in a path from the folder, without prefix and ending; None if it is named otherwise.
+    """The image name in a path inside the folder: no prefix, no suffix. None if these do not fit.
 
-    Letter case of the ending does not count. Names are in Unicode NFC: macOS writes another form.
+    The suffix may be in upper or lower case. Names are Unicode NFC; macOS uses another form.
     """
     prefix, suffixes = (getattr(config, name or '', '') for name in NAMING[constant])
     folder, slash, base = unicodedata.normalize('NFC', file).rpartition('/')
@@ -152,17 +152,17 @@ def name_of(file: str, constant: str) -> str | None:
 
 
 def name_in_table(cell: str, constant: str) -> str:
-    """The name in a table's cell, which may be without prefix and ending."""
+    """The image name in a table's cell, which holds a file name or already the image name."""
     cell = unicodedata.normalize('NFC', cell.strip().replace('\\', '/'))
     return name_of(cell, constant) or cell
 
 
 def walk(folder: Path) -> list[str]:
-    """Paths of all files in a folder, from there, but hidden ones and the project's other folders."""
+    """Relative paths of all files in a folder, except hidden ones and the project's folders."""
     found, seen, names = [], set(), (*NAMING, 'OUTPUT', 'LOGS_PATH')
     other = [config.path(getattr(config, name)) for name in names]
     for parent, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in seen:  # by a link that leads back
+        if os.path.realpath(parent) in seen:  # a link led back here
             folders.clear()
             continue
         seen.add(os.path.realpath(parent))
@@ -173,12 +173,12 @@ def walk(folder: Path) -> list[str]:
 
 
 def list_files(constant: str) -> tuple[dict[str, Path], list[str]]:
-    """The image files in TRAIN_PATH, MASK_PATH or TEST_PATH and the folders in it, but hidden ones.
+    """List the images in TRAIN_PATH or TEST_PATH, or the masks in MASK_PATH, with subfolders.
 
-    Returns: name -> file, sorted; and the other images there, which are no masks either.
+    Returns: name -> file, sorted; and the other image files there, which are not masks either.
 
-    Raises config.UserMistake for no file, two files of one name, a name that is no UTF-8 text in one
-    line, and several masks of one image.
+    Raises config.UserMistake if there is no file, if two files have the same name, if a name is not
+    UTF-8 text in one line, or if an image has several masks.
     """
     folder, suffix = config.path(getattr(config, constant)), NAMING[constant][1]
     if not folder.is_dir():
@@ -193,32 +193,32 @@ def list_files(constant: str) -> tuple[dict[str, Path], list[str]]:
             named.pop(name_of(mask, constant), None)
     for name, files in named.items():
         for wrong, what in (
-            (len(files) > 1, f'two files of one name, {" and ".join(files)}'),
-            (not name.isprintable(), f'{files[0]!r} is no name in UTF-8 on one line'),
+            (len(files) > 1, f'two files have the same name: {" and ".join(files)}'),
+            (not name.isprintable(), f'the file name {files[0]!r} is not UTF-8 text in one line'),
         ):
             if wrong:
                 raise config.UserMistake(f'{folder}: {what}: rename or remove one')
     further = [f for f in relative if constant != 'TEST_PATH' and further_mask_of(f) in named]
     if further:
         raise config.UserMistake(
-            f'{folder}: {len(further)} images have more than one mask, such as {further[0]}: join the '
-            'masks of an image in one file'
+            f'{folder}: {len(further)} images have more than one mask, such as {further[0]}: merge '
+            'the masks of each image into one file'
         )
     if not named:
-        endings = Counter(Path(file).suffix or 'no suffix' for file in relative).most_common(4)
-        there = ', '.join(f'{count} {ending}' for ending, count in endings) or 'it is empty'
+        endings = Counter(Path(file).suffix or 'without suffix' for file in relative).most_common(4)
+        there = ', '.join(f'{count} {ending}' for ending, count in endings) or 'nothing'
         prefix = NAMING[constant][0]
         expected, given = getattr(config, suffix), getattr(config, prefix or '', '')
         remedy = f'{constant}, {prefix} or {suffix}' if given else f'{constant} or {suffix}'
-        raise NothingFound(f'{folder}: no file {given}*{expected}, but {there}: set {remedy}')
+        raise NothingFound(f'{folder}: no file {given}*{expected}, found {there}: set {remedy}')
     others = [f for f in others if not name_of(f, 'TRAIN_PATH') and not name_of(f, 'MASK_PATH')]
     others = [f for f in others if f.lower().endswith(ENDINGS)]
     return {name: folder / files[0] for name, files in sorted(named.items())}, others
 
 
 def is_mask(file: str, names, shared: bool) -> bool:
-    """Whether a file in a folder of images is a mask: x_mask.png or x_mask_1.png beside x.png, or, where
-    images and masks share a folder, whatever is named as masks are and not as images are."""
+    """Whether a file in a folder of images is a mask: x_mask.png or x_mask_1.png beside x.png. If
+    images and masks share a folder, also any file named like a mask and not like an image."""
     if further_mask_of(file) in names:
         return True
     name, as_image = name_of(file, 'MASK_PATH'), name_of(file, 'TRAIN_PATH')

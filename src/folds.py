@@ -4,11 +4,11 @@ Reads   TRAIN_CSV (its column img) or, without it, the image files of TRAIN_PATH
         all images and of their masks in MASK_PATH (IMAGE_PREFIX, IMAGE_SUFFIX, MASK_PREFIX,
         MASK_SUFFIX, EMPTY_IF_NO_MASK); the pixels of up to 500 masks (CLASSES, IGNORE_INDEX,
         MASK_COLOURS).
-Writes  TRAIN_FOLDS: img,kfold,group (img without folder and suffix).
+Writes  TRAIN_FOLDS: img,kfold,group (img is the name without prefix and suffix).
 
-Images of one group, found by GROUP_REGEX, are never split between folds: Carvana shows each car from
-16 sides. Folds are alike in size and in what their masks hold. The split depends on the names, those
-masks, SEED and N_FOLDS alone. Run it again when images change:
+GROUP_REGEX finds the group of an image. All images of a group are in the same fold: Carvana has 16
+images of each car. Folds have similar sizes and similar numbers of images with each class. The
+split depends only on the names, the decoded masks, SEED and N_FOLDS. If images change, rerun it:
 
     python folds.py
 """
@@ -27,7 +27,7 @@ import images
 import masks
 from files import first_few, is_file, list_files, markdown, read_table, tell_others, write_table
 
-MASKS_DECODED = 500  # of more masks, this many are decoded here; the first epoch meets the others
+MASKS_DECODED = 500  # at most this many masks are decoded here; the first epoch decodes all
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     table = assign_folds(names, held)
     write_table(table, config.path(config.TRAIN_FOLDS))
     print_folds(table, held)
-    print(f'{config.N_FOLDS} folds that share no group: {config.TRAIN_FOLDS}')
+    print(f'{config.TRAIN_FOLDS}: {config.N_FOLDS} folds, each group in one of them')
 
 
 def image_names() -> list[str]:
@@ -54,7 +54,7 @@ def image_names() -> list[str]:
         (not all(names), 'a cell of img is empty: remove the row'),
         (
             twice,
-            f'listed twice: {first_few(twice)}: leave one row of each, with all its run lengths',
+            f'listed twice: {first_few(twice)}: keep one row for each, with all its run lengths',
         ),
     ):
         if wrong:
@@ -73,7 +73,7 @@ def check_pairs(names: list[str], pairs: list[tuple]) -> None:
         if unpaired:
             raise config.UserMistake(
                 f'{len(unpaired)} masks have no image in TRAIN_PATH: {first_few(unpaired)}: set '
-                'IMAGE_SUFFIX or IMAGE_PREFIX as images are named, or move the masks away'
+                'IMAGE_SUFFIX or IMAGE_PREFIX to match the image names, or move the masks away'
             )
     for name, (image_file, mask) in zip(tqdm(names, 'headers', disable=None, leave=False), pairs):
         image = images.header(image_file, images.check_bits)
@@ -84,31 +84,31 @@ def check_pairs(names: list[str], pairs: list[tuple]) -> None:
         lossy += mask.format in masks.LOSSY
         if image.size == mask.size[::-1] != mask.size and image.turned != mask.turned:
             raise config.UserMistake(
-                f'{name}: EXIF turns one of image and mask (orientation {image.turned} and '
-                f'{mask.turned}), so they lie across each other: turn the pixels of both as EXIF says '
-                "(Pillow's ImageOps.exif_transpose) and save them without EXIF"
+                f'{name}: EXIF turns only one of image and mask (orientation {image.turned} and '
+                f'{mask.turned}), so they do not fit: remove the EXIF orientation from both files '
+                '(exiftool -Orientation= FILE), then check them with test_dataset.py'
             )
         if image.size != mask.size:
             sizes = (f'{width}x{height}' for height, width in (image.size, mask.size))
             differ.append(f'{name} ({" and ".join(sizes)})')
-        # If the sides were swapped, equal sizes tell that the mask was drawn as viewers show it.
+        # If EXIF swaps the sides and the sizes are equal, the mask was drawn on the turned image.
         if image.turned != mask.turned and (image.turned < 5 or image.size[0] == image.size[1]):
             turned.append(name)
     if differ:
         raise config.UserMistake(
             f'{len(differ)} images and their masks differ in size: {first_few(differ)}: resize the '
-            'masks by the nearest pixel'
+            'masks with nearest-neighbour interpolation'
         )
     images.tell_wide(headers)
     if lossy:
-        print(f'{lossy} masks are saved with loss, as JPEG: foreground from 128 up')
+        print(f'{lossy} masks are JPEG files, which is lossy: 128 and above is foreground')
     if turned:
-        print(f'{len(turned)} images are turned by EXIF and their masks are not, or otherwise: look '
-              f'at them by test_dataset.py: {first_few(turned)}')  # fmt: skip
+        print(f'{len(turned)} images and their masks have different EXIF rotations: check '
+              f'them with test_dataset.py: {first_few(turned)}')  # fmt: skip
 
 
 def decode_masks(names: list[str], pairs: list[tuple]) -> dict[str, tuple]:
-    """Decode some masks; refuse them if all hold one class, or if their palettes contradict.
+    """Decode a sample of masks. Refuse them if all have only one class, or if palettes differ.
 
     Returns: name -> the classes that its mask holds.
     """
@@ -119,27 +119,27 @@ def decode_masks(names: list[str], pairs: list[tuple]) -> dict[str, tuple]:
         held[name] = tuple(images.values_in(mask))
         for value, colour in palette.items():
             same, other = first.setdefault(value, (colour, file))
-            # Objects of one class may have many colours, their background not.
+            # With one class, objects may have many colours, but background only one.
             if same != colour and (value == 0 or config.CLASSES > 2):
                 raise config.UserMistake(
                     f'palettes differ: index {value} is {same} in {other} and {colour} in {file}: set '
-                    'MASK_COLOURS to go by the colours'
+                    'MASK_COLOURS to read the classes from the colours'
                 )
     ignored = masks.ignored_value(config.IGNORE_INDEX)
     seen = set().union(*held.values())
     if len(seen - {ignored}) < 2 and (step == 1 or ignored in seen):
         raise config.UserMistake(
-            f'MASK_PATH={config.MASK_PATH}: all masks hold {first_few(sorted(seen))} alone, which with '
-            f'IGNORE_INDEX={config.IGNORE_INDEX} leaves nothing to learn: set another of the two'
+            f'MASK_PATH={config.MASK_PATH}: all masks have only values {first_few(sorted(seen))}; '
+            f'with IGNORE_INDEX={config.IGNORE_INDEX} nothing is left to learn: change one of them'
         )
     return {name: tuple(v for v in values if v != ignored) for name, values in held.items()}
 
 
 def print_folds(table: pd.DataFrame, held: dict[str, tuple]) -> None:
-    """Print, per fold, images, groups and how many images hold each class; name what is missing."""
+    """Print the images, groups and images with each class of every fold, and what is missing."""
     counts = table.groupby('kfold').agg(images=('img', 'size'), groups=('group', 'nunique'))
     names = {value: f'class {value}' for value in range(config.CLASSES)}
-    names = {1: 'with object'} if config.CLASSES == 1 else names
+    names = {1: 'foreground'} if config.CLASSES == 1 else names
     for value, name in names.items():
         has = table.img.map(lambda img, value=value: value in held.get(img, ()))
         counts[name] = has.groupby(table.kfold).sum()
@@ -147,15 +147,15 @@ def print_folds(table: pd.DataFrame, held: dict[str, tuple]) -> None:
     counts.loc['all'] = counts.sum()
     print(markdown(counts.rename_axis('fold')))
     if len(held) < len(table):
-        print(f'the masks of {len(held)} images were decoded: classes are counted in them')
+        print(f'only {len(held)} masks were decoded: the classes are counted in these')
     never = [name for name in counts if counts.loc['all', name] == 0]
     if never:
-        print(f'no mask holds {first_few(never)}')
+        print(f'no mask has {first_few(never)}')
     for fold, name in [pair for pair in missing if pair[1] not in never][:5]:
-        print(f'fold {fold} has no image with {name}: its score says nothing about it')
+        print(f'fold {fold} has no image with {name}: its score does not measure {name}')
     only = Counter(values[0] for values in held.values() if len(values) == 1)
     for value, count in sorted(only.items()):
-        print(f'{count} of {len(held)} masks that were decoded hold class {value} alone')
+        print(f'{count} of {len(held)} decoded masks have only class {value}')
 
 
 def mask_rule() -> tuple:
@@ -164,7 +164,7 @@ def mask_rule() -> tuple:
 
 
 def empty_share(names: list[str]) -> float:
-    """The share of masks without an object among some 50 of them; 0 with several classes."""
+    """The share of empty masks in a sample of about 50; 0 with several classes."""
     if config.CLASSES > 1:
         return 0
     pairs = masks.files_of(names[:: max(1, len(names) // 50)])
@@ -173,24 +173,24 @@ def empty_share(names: list[str]) -> float:
 
 
 def assign_folds(names: list[str], held: dict[str, tuple]) -> pd.DataFrame:
-    """The table img,kfold,group: whole groups, drawn by SEED, in N_FOLDS folds that are alike in size
-    and in how many images hold each class (`held`, see decode_masks)."""
+    """The table img,kfold,group. Whole groups, shuffled with SEED, go into N_FOLDS folds of similar
+    size and with similar numbers of images of each class (`held`: see decode_masks)."""
     groups = [group_of(name) for name in names]
     different = sorted(set(groups))
     if len(different) < config.N_FOLDS:
         raise config.UserMistake(
-            f'N_FOLDS={config.N_FOLDS}, but only {len(different)} different groups of images by '
-            f'GROUP_REGEX={config.GROUP_REGEX!r}, such as {first_few(different)}: set fewer folds, or '
-            'another GROUP_REGEX (None splits by image)'
+            f'N_FOLDS={config.N_FOLDS}, but GROUP_REGEX={config.GROUP_REGEX!r} finds only '
+            f'{len(different)} different groups ({first_few(different)}): set a smaller '
+            'N_FOLDS, or another GROUP_REGEX (None: each image is a group)'
         )
     table = pd.DataFrame({'img': names, 'kfold': -1, 'group': groups})
-    # Shares of the images, and of the images that hold each class, that a group brings to its fold.
+    # What a group adds to its fold: its share of all images, and of the images with each class.
     classes = sorted(set().union(*held.values()))
     holds = {value: [value in held.get(name, ()) for name in names] for value in classes}
     shares = pd.DataFrame({'images': True, **holds}, table.index).groupby(table.group).sum()
     shares = (shares / shares.sum()).sample(frac=1, random_state=config.SEED)
     loads, fold_of = np.zeros((config.N_FOLDS, shares.shape[1])), {}
-    # The largest group first, each into the fold where the sum of the squared loads grows least.
+    # Start with the largest group. Choose the fold where the sum of squared loads grows least.
     for group, share in shares.loc[
         shares.sum(axis=1).sort_values(kind='stable').index[::-1]
     ].iterrows():
@@ -206,8 +206,8 @@ def group_of(name: str) -> str:
     match = re.search(config.GROUP_REGEX or '(.*)', name)
     if match is None or match.group(1) is None:
         raise config.UserMistake(
-            f"GROUP_REGEX={config.GROUP_REGEX!r} does not fit the image name '{name}': set one that "
-            'finds what must not be split (the patient, the car), or None to split by image'
+            f"GROUP_REGEX={config.GROUP_REGEX!r} does not fit the image name '{name}': set a "
+            'pattern that finds the group (the patient, the car), or None if there are no groups'
         )
     return match.group(1)
 
@@ -244,12 +244,12 @@ def digests(fold: int) -> dict[str, str]:
 
 
 def check_up_to_date() -> None:
-    """Raise config.UserMistake unless TRAIN_FOLDS has N_FOLDS folds of the images that there are."""
+    """Raise config.UserMistake if TRAIN_FOLDS was made from other images or another N_FOLDS."""
     table = read_folds()
     count, other = table.kfold.nunique(), sorted(set(table.img) ^ set(image_names()))
     for wrong, what in (
-        (other, f'lists other images than there are ({first_few(other)})'),
-        (count != config.N_FOLDS, f'has {count} folds, N_FOLDS={config.N_FOLDS}'),
+        (other, f'does not match the training images ({first_few(other)})'),
+        (count != config.N_FOLDS, f'has {count} folds, but N_FOLDS={config.N_FOLDS}'),
     ):
         if wrong:
             raise config.UserMistake(f'{config.TRAIN_FOLDS} {what}: run folds.py again')

@@ -14,11 +14,11 @@ import config
 
 # One thread per worker. Set it at import: changing it in a forked worker deadlocks OpenCV.
 cv2.setNumThreads(1)
-Image.MAX_IMAGE_PIXELS = None  # large scans are no attack; `opened` checks the memory instead
+Image.MAX_IMAGE_PIXELS = None  # allow large scans; `opened` checks the memory instead
 
 # Pillow's modes of 8 bits per channel, or fewer.
 PLAIN_MODES = ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'RGBX', 'CMYK', 'YCbCr')
-# Last bytes of a complete file. If a file ends otherwise, only decoding can tell.
+# Last bytes of a complete file. A file with another end is decoded to check it.
 LAST_BYTES = {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82', 'GIF': b';'}
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, cv2.error)
 ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap width and height
@@ -48,19 +48,19 @@ def unreadable(file, error) -> config.UserMistake:
 def opened(file):
     """Yield a Pillow image of one page that fits into memory; errors inside name the file."""
     try:
-        # By a file object: by its name, Pillow 13 garbles uncompressed TIFFs that are turned.
+        # Open a file object: given a name, Pillow 13 garbles uncompressed TIFFs that EXIF turns.
         with Path(file).open('rb') as raw, Image.open(raw) as image:
             need = image.width * image.height * 4 / 1e9
             if hasattr(os, 'sysconf'):
                 have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9
                 if need > have:
                     raise config.UserMistake(
-                        f'{file}: its pixels take {need:.0f} GB, this machine has {have:.0f}: make '
-                        'it smaller'
+                        f'{file}: its pixels take {need:.0f} GB, this machine has {have:.0f} GB '
+                        'of memory: make the image smaller'
                     )
             if image.format == 'TIFF' and image.n_frames > 1:
                 raise config.UserMistake(
-                    f'{file}: a TIFF of {image.n_frames} pages: save each as a file of its own'
+                    f'{file}: a TIFF of {image.n_frames} pages: save each page as its own file'
                 )
             yield image
     except config.UserMistake:
@@ -72,7 +72,7 @@ def opened(file):
 def white(image: Image.Image) -> int:
     """The value in an opened file that Pillow shows as white: 255 for 8 bits, 3 for 2 bits.
 
-    Pillow multiplies 2 and 4 bits to 0..255, and drops the lower half of 16-bit colours.
+    Pillow scales 2-bit and 4-bit values to 0..255, and drops the lower byte of 16-bit colours.
     """
     raw = image.tile[0][3] if image.tile else ''
     raw, *rest = raw if isinstance(raw, tuple) else (raw,)
@@ -99,8 +99,8 @@ def check_bits(file, image: Image.Image) -> None:
     """Raise config.UserMistake for pixels that do not fit into 8 bits per channel."""
     if image.mode not in PLAIN_MODES or white(image) > 255:
         raise config.UserMistake(
-            f'{file}: {image.mode} pixels, or more than 8 bits per channel: save the range that holds '
-            'the picture as RGB or grey with 8'
+            f'{file}: {image.mode} pixels, or more than 8 bits per channel: convert it to 8-bit '
+            'RGB or grey, scaled to the range of values that matters'
         )
 
 
@@ -109,7 +109,7 @@ def header(file, check=lambda file, image: None) -> Header:
     with opened(file) as image:
         check(file, image)
         if image.format != 'MPO' and getattr(image, 'is_animated', False):
-            raise config.UserMistake(f'{file}: it moves: save one picture of it')
+            raise config.UserMistake(f'{file}: it is animated: save one frame of it')
         turned, size = orientation(image), displayed_size(image)
         with Path(file).open('rb') as raw:
             last = LAST_BYTES.get(image.format)
@@ -120,12 +120,12 @@ def header(file, check=lambda file, image: None) -> Header:
 
 
 def tell_wide(headers: list[Header]) -> None:
-    """Print one line if images are much wider than what the model is fed."""
+    """Print one line if images are much wider than the model's input."""
     wide = sum(header.size[1] > 4 * config.crop_size()[1] for header in headers)
     if wide and config.SCALE is None:
         print(
             f'{wide} images are more than four times as wide as CROP_SIZE={config.CROP_SIZE}: small '
-            'objects may vanish; see SCALE'
+            'objects may vanish when resized; SCALE=1.0 avoids this'
         )
 
 
@@ -140,7 +140,7 @@ def read_with_size(file, channels: int, size: tuple | None, scale: float | None 
 
     Args:
         channels: 3 for RGB, 1 for grey.
-        size, scale: as in `scaled`, the size to resize to; size=None keeps the image's own.
+        size, scale: see `scaled`; size=None keeps the image's own size.
 
     Returns: uint8 (height, width, channels), 0..255; the image's own (height, width).
 
@@ -164,10 +164,10 @@ def read_with_size(file, channels: int, size: tuple | None, scale: float | None 
 
 
 def decode_jpeg(data: bytes, channels: int, own_size: tuple, size: tuple | None) -> np.ndarray:
-    """The pixels of a JPEG by OpenCV, at 1/8, 1/4 or 1/2 of its size if that covers `size`."""
+    """Decode a JPEG with OpenCV, at 1/8, 1/4 or 1/2 of its size if that is at least `size`."""
     divisor, kind = 1, 'COLOR' if channels == 3 else 'GRAYSCALE'
     for n in (2, 4, 8) if size else ():
-        # Where n does not divide the sides, the picture would be shifted against its mask.
+        # If n does not divide the sides, the image would be shifted against its mask.
         if all(own % n == 0 and own // n >= side for own, side in zip(own_size, size)):
             divisor = n
     flag = f'IMREAD_REDUCED_{kind}_{divisor}' if divisor > 1 else f'IMREAD_{kind}'
@@ -209,9 +209,9 @@ def random_crop(image, mask, size: tuple[int, int], rng, ignored: int | None) ->
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize to (height, width): bilinear, or to the mean of an area where a side is more than halved.
+    """Resize to (height, width): average areas if a side is more than halved, else bilinear.
 
-    Until then bilinear interpolation leaves no pixel out, and it is three times as fast.
+    Down to half the size, bilinear interpolation still uses every pixel and is three times as fast.
     """
     if any(side > 2 * length for side, length in zip(pixels.shape, size)):
         smaller = np.minimum(pixels.shape[:2], size).tolist()
@@ -220,7 +220,7 @@ def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def nearest(values: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
-    """Resized to (height, width) by the nearest pixel."""
+    """Resize to (height, width) with nearest-neighbour interpolation; None keeps the size."""
     if size is None:
         return values
     return cv2.resize(values, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)

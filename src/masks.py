@@ -1,4 +1,4 @@
-"""Masks: the one that belongs to an image, read into class indices by one rule; run lengths."""
+"""Masks: find the mask of an image, read it as class indices by one rule, encode run lengths."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ RULE = 'CLASSES', 'IGNORE_INDEX', 'MASK_COLOURS'  # the constants that are argum
 
 
 class Runs(NamedTuple):
-    """Run lengths of a table in place of a mask file; '' is an image without an object."""
+    """Run lengths from TRAIN_CSV that replace a mask file; '' means that there is no object."""
 
     image: Path
     text: str
@@ -46,9 +46,9 @@ def files_of(names) -> list[tuple[Path, Path | Runs]]:
         known = [name for name, text in runs.items() if text is not None and name in image_files]
         mask_files = {name: Runs(image_files[name], runs[name]) for name in known} | mask_files
     for files, constant, remedy in (
-        (image_files, 'TRAIN_PATH', 'put them back, or take them out of TRAIN_CSV, and run folds.py'),
-        (mask_files, 'MASK_PATH', 'set MASK_SUFFIX or MASK_PREFIX as masks are named, move the images '
-         'away, or say EMPTY_IF_NO_MASK=True'),
+        (image_files, 'TRAIN_PATH', 'put them back, or drop them from TRAIN_CSV and run folds.py'),
+        (mask_files, 'MASK_PATH', 'set MASK_SUFFIX or MASK_PREFIX to match the mask names, move '
+         'the images away, or set EMPTY_IF_NO_MASK=True'),
     ):  # fmt: skip
         missing = [name for name in names if name not in files]
         if missing:
@@ -64,17 +64,17 @@ def files_of(names) -> list[tuple[Path, Path | Runs]]:
 
 
 def read_mask(file, classes=1, ignore_index=None, colours=None, size=None) -> np.ndarray:
-    """Decode a mask, turned as viewers show it, into class indices, by one rule:
+    """Decode a mask, with its EXIF rotation applied, into class indices, by one rule:
 
-    - The values are those stored: grey levels, 1-bit values, or palette indices. With one class
-      (or two), black is background wherever a palette has it; a GIF's palette of greys stands for
-      them. RGB(A) must be grey. Alpha is left out, unless it alone holds the picture.
-    - With `colours`, one (r, g, b) per class (background and foreground for one class), a pixel's
-      class is that of its colour.
-    - `ignore_index`, and with it colours that are not listed, become `ignored_value`.
-    - With one class (or two) 0 is background and 1 or 255 (65535 in 16 bits) foreground. In a JPEG,
-      whose values must gather at both ends, it is 128 and above.
-    - With more, values are class indices from 0 to classes - 1.
+    - The stored values are used: grey levels, 1-bit values, or palette indices. With one or two
+      classes, black is background at any palette index. A GIF with a palette of greys is read as
+      grey. RGB(A) must be grey. Alpha is ignored, unless only the alpha channel has the mask.
+    - With `colours`, one (r, g, b) per class (background and foreground for one class), the colour
+      of a pixel gives its class.
+    - `ignore_index` becomes `ignored_value`. If it is set, so do colours that are not listed.
+    - With one or two classes, 0 is background, and 1 or 255 (65535 in 16 bits) is foreground. In a
+      JPEG, values must be near 0 or 255, and 128 and above is foreground.
+    - With more classes, values are class indices from 0 to classes - 1.
 
     Args:
         file: a mask file, or Runs.
@@ -88,7 +88,7 @@ def read_mask(file, classes=1, ignore_index=None, colours=None, size=None) -> np
 
 
 def read_with_palette(file, classes, ignore_index, colours, size=None) -> tuple[np.ndarray, dict]:
-    """What read_mask returns, and the colour of each class if a palette decided by its indices."""
+    """What read_mask returns, and value -> colour if the mask has a palette."""
     if isinstance(file, Runs):
         try:
             text = '' if file.text.strip() == '-1' else file.text  # some tables' empty mask
@@ -96,7 +96,7 @@ def read_with_palette(file, classes, ignore_index, colours, size=None) -> tuple[
         except ValueError as error:
             raise config.UserMistake(
                 f'{file.image}: rle_mask in TRAIN_CSV: {error}; write "start length" '
-                'pairs, counted from 1 along the rows'
+                'pairs, with pixels counted from 1, row by row'
             ) from None
         return images.nearest(values, size), {}
     palette = {}
@@ -112,9 +112,9 @@ def read_with_palette(file, classes, ignore_index, colours, size=None) -> tuple[
         wrong = sorted(present if classes <= 2 else present - legal[0])
         takes = '0 and 1, or 0 and 255' if classes <= 2 else f'0 to {classes - 1}'
         raise config.UserMistake(
-            f'{file}: mask values {first_few(wrong, 8)}; CLASSES={classes} takes {takes}, and '
-            f'IGNORE_INDEX={ignore_index}: set them, or make masks anew that were resized smoothly or '
-            'saved as JPEG'
+            f'{file}: mask values {first_few(wrong, 8)}; CLASSES={classes} allows {takes}, and '
+            f'IGNORE_INDEX={ignore_index}: change these constants, or make the mask again if it '
+            'was resized with interpolation or saved as JPEG'
         )
     mask = (values > 0 if classes <= 2 else values).astype(np.uint8)
     if ignore_index is not None:
@@ -123,7 +123,7 @@ def read_with_palette(file, classes, ignore_index, colours, size=None) -> tuple[
 
 
 def ignored_value(ignore_index: int | None) -> int | None:
-    """What stands for IGNORE_INDEX in a mask of 8 bits: itself, or 255, which is never a class."""
+    """The value of ignored pixels in an 8-bit mask: IGNORE_INDEX, or 255 if it does not fit."""
     return ignore_index if ignore_index is None or 0 <= ignore_index <= 255 else 255
 
 
@@ -139,7 +139,7 @@ def stored_values(file, image: Image.Image, classes: int, ignore_index, size) ->
         shown, grey = np.array(alpha) > 127, np.array(image.convert('RGB').convert('L')) > 0
         if not constant and not shown.all() and not np.array_equal(shown, grey):
             raise config.UserMistake(
-                f'{file}: its colours and its alpha channel are different masks: save one of them'
+                f'{file}: its colours and its alpha channel are different masks: save only one'
             )
         image = alpha if constant and lowest < 255 else image.convert('RGB')
     if image.mode not in ('1', 'L', 'P', 'RGB', 'I', 'F'):
@@ -153,12 +153,12 @@ def stored_values(file, image: Image.Image, classes: int, ignore_index, size) ->
         one_end, coloured = 1 < values.max() < 192, np.ptp(channels, 2).max() > 96
         if classes > 2 or between > 0.02 or one_end or coloured:
             raise config.UserMistake(
-                f'{file}: {form} blurs masks. It is read as 0 and 255 where all values are near them '
-                f'and CLASSES=1, but {between:.0%} lie from 64 to 191, the largest is {values.max()}: '
+                f'{file}: {form} blurs masks. It works only if CLASSES=1 and values are near 0 or '
+                f'255, but {between:.0%} lie from 64 to 191, and the largest is {values.max()}: '
                 'save masks as PNG'
             )
         return images.nearest((values >= 128).view(np.uint8), size), {}
-    values = images.nearest(np.array(image), size)  # first: what follows takes its time
+    values = images.nearest(np.array(image), size)  # resize first: the rest is then faster
     if image.mode == 'P':
         return palette_values(values, palette, classes, ignore_index, form)
     if image.mode == 'RGB':
@@ -167,7 +167,7 @@ def stored_values(file, image: Image.Image, classes: int, ignore_index, size) ->
             found = np.unique(values.reshape(-1, 3), axis=0)
             raise config.UserMistake(
                 f'{file}: a coloured mask, {first_few([tuple(c) for c in found.tolist()], 3)}: set '
-                'MASK_COLOURS, or save a grey or palette PNG, one value per class'
+                'MASK_COLOURS, or save a grey or palette PNG with one value per class'
             )
         values = red
     if image.mode == 'F':
@@ -179,7 +179,7 @@ def stored_values(file, image: Image.Image, classes: int, ignore_index, size) ->
         values = values.astype(np.uint8)
     if image.mode == 'L' and signed:
         values = values.view(np.int8)
-    scaled = white < 255 or form == 'PPM'  # by Pillow: undo it, but for black and white
+    scaled = white < 255 or form == 'PPM'  # Pillow scaled the values: undo it, unless 0 and 255
     if scaled and (classes > 2 or not set(images.values_in(values)) <= {0, 255}):
         values = np.rint(values * (white / (65535 if image.mode == 'I' else 255))).astype(int)
     return values, {}
@@ -191,8 +191,8 @@ def palette_values(values, palette, classes: int, ignore_index, form) -> tuple[n
     used = [value for value in images.values_in(values) if value != ignore_index]
     black = [value for value in range(256) if not palette[value].any()]
     colours = {tuple(palette[value].tolist()) for value in used}
-    # Colours decide where they tell the used indices apart. White alone is the object of a palette
-    # that has black for the background.
+    # Colours decide if all used indices have different ones. If white is the only one, it is the
+    # object, provided that the palette also has black.
     white = colours == {(255, 255, 255)} and any(value < given for value in black)
     decides = len(colours) == len(used) and max(used, default=0) < given
     decides = decides and ((0, 0, 0) in colours or white)
@@ -202,7 +202,7 @@ def palette_values(values, palette, classes: int, ignore_index, form) -> tuple[n
         if ignore_index in range(256):
             table[ignore_index] = ignore_index
         return cv2.LUT(values, table), {0: (0, 0, 0)}
-    # GIF knows no grey images: what was saved as one comes back as a palette of greys.
+    # GIF has no grey mode: a grey image comes back with a palette of greys.
     if form == 'GIF' and (palette == palette[:, :1]).all():
         return cv2.LUT(values, palette[:, 0].copy()), {}
     return values, {value: tuple(palette[value].tolist()) for value in used}
@@ -223,7 +223,7 @@ def values_of_colours(file, image: Image.Image, colours, ignore_index, size) -> 
         found = np.unique(channels[other], axis=0).tolist()
         raise config.UserMistake(
             f'{file}: colours that MASK_COLOURS does not list: '
-            f'{first_few([tuple(c) for c in found], 3)}: add them, or set IGNORE_INDEX to leave them out'
+            f'{first_few([tuple(c) for c in found], 3)}: add them or ignore them with IGNORE_INDEX'
         )
     values[other] = -1 if ignore_index is None else ignore_index
     return values
@@ -243,7 +243,7 @@ def rle_encode(mask: np.ndarray) -> str:
 
 
 def rle_decode(rle: str, shape: tuple[int, int]) -> np.ndarray:
-    """The mask, uint8 (height, width) of 0/1, of `rle_encode`; an empty table cell (NaN) is empty.
+    """Decode the text of `rle_encode` to a mask, uint8 (height, width) of 0/1; NaN: empty mask.
 
     Raises ValueError for a text that is not the encoding of a mask of this shape.
     """

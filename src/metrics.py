@@ -1,8 +1,8 @@
-"""Dice and IoU per image, as Kaggle scores them, and per class; the same on any number of devices.
+"""Dice and IoU per image, as on Kaggle, and per class. The number of devices changes nothing.
 
 For one image and class: Dice = 2 tp / (2 tp + fp + fn), IoU = tp / (tp + fp + fn), in pixels. With
-one class the image's score is that of the foreground, 1 where it is neither there nor predicted.
-With more it is the mean over the classes that the image or its prediction holds.
+one class, an image's score is that of the foreground, or 1 if it is neither there nor predicted.
+With more classes, it is the mean over the classes that are in the image or in its prediction.
 """
 
 import numpy as np
@@ -27,8 +27,8 @@ def activate(logits: torch.Tensor) -> torch.Tensor:
 def predict_windows(model, x: torch.Tensor, size: tuple[int, int], batch_size: int) -> torch.Tensor:
     """Logits (N, classes, H, W) of images (N, C, H, W) of any size; float32 if they are blended.
 
-    Windows of `size`, which overlap by half, are predicted in batches and blended with the weights of
-    Hann's window; smaller images are reflected at their border.
+    Windows of `size` that overlap by half are predicted in batches and blended with the weights of
+    a Hann window. Images that are smaller than a window are padded by reflection.
     """
     own = x.shape[2:]
     if own == size:
@@ -60,9 +60,9 @@ def predict_windows(model, x: torch.Tensor, size: tuple[int, int], batch_size: i
 
 
 def count(prediction, mask, classes: int, ignore_index: int | None = None) -> torch.Tensor:
-    """Pixels (N, 3, K) of tp, fp and fn, int64, of class indices (N, H, W); K = classes, or 1.
+    """Numbers of tp, fp and fn pixels, int64 (N, 3, K), from class indices (N, H, W); K = classes.
 
-    With one class it is the foreground's, class 1. Pixels whose mask is `ignore_index` are left out.
+    With one class, only class 1, the foreground, is counted. Pixels of `ignore_index` are left out.
     """
     valid = True if ignore_index is None else mask != ignore_index
     counts = []
@@ -81,20 +81,20 @@ def per_class(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dice_and_iou(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Dice and IoU of each image, float64 (N,), from counts (N, 3, K)."""
-    # NaN: nothing there and nothing predicted, which is right.
+    # NaN means that nothing is there and nothing is predicted: a perfect score.
     return tuple(x.nanmean(1).nan_to_num(nan=1) for x in per_class(counts))
 
 
 def class_means(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each class, (K,): mean Dice and mean IoU over images, and the IoU of all pixels together."""
+    """Per class, each (K,): mean Dice over images, mean IoU over images, and IoU of all pixels."""
     dice, iou = per_class(counts)
     return dice.nanmean(0), iou.nanmean(0), per_class(counts.sum(0))[1]
 
 
 class Scores(Metric):
-    """Collects each image's counts and loss; an image that two devices saw is scored once.
+    """Collects the counts and the loss of each image. An image that two devices saw counts once.
 
-    Under DDP the sampler repeats images to make the ranks' shares equal; the index tells which.
+    With DDP the sampler repeats images, so that all ranks get equally many. The index shows which.
     """
 
     full_state_update = False
@@ -111,10 +111,10 @@ class Scores(Metric):
         self.loss.append(loss.detach().float().expand(len(index)))
 
     def compute(self) -> dict[str, torch.Tensor]:
-        """val_loss, val_dice, val_iou: means over images. With several classes also val_iou_dataset,
-        the mean over classes of `class_means`, and val_dice_class#, val_iou_class# of those there."""
+        """val_loss, val_dice, val_iou: means over images. With several classes also
+        val_iou_dataset (IoU of all pixels, mean over classes), val_dice_class#, val_iou_class#."""
         states = map(dim_zero_cat, (self.index, self.counts, self.loss))
-        index, counts, loss = (state.cpu() for state in states)  # float64 is not everywhere
+        index, counts, loss = (state.cpu() for state in states)  # not every device has float64
         _, first = np.unique(index, return_index=True)
         counts, loss = counts[first], loss[first]
         dice, iou = dice_and_iou(counts)

@@ -1,4 +1,4 @@
-"""MODELS: name -> builder of a model from a decoder and an encoder, smp_<decoder>_<encoder>."""
+"""MODELS: name -> function that builds the model. Names are smp_<decoder>_<encoder>."""
 
 import copy
 from functools import partial
@@ -14,7 +14,7 @@ def build(decoder: str, encoder: str, weights=None, channels: int = 3, classes: 
     """A new model: normalised images (N, channels, H, W) -> logits (N, classes, H, W).
 
     Args:
-        weights: the encoder's: a name such as 'imagenet', a weights file, or None (random).
+        weights: those of the encoder: a name such as 'imagenet', a weights file, or None (random).
 
     Raises config.UserMistake for unknown names, weights that do not load, or a pair that does not fit.
     """
@@ -69,6 +69,6 @@ def try_out(model: torch.nn.Module, name: str, batch_size: int, shape: tuple) ->
         pass  # an operation that the meta device lacks: the first training step will show
     except Exception as error:  # each layer raises its own type
         raise config.UserMistake(
-            f'CROP_SIZE={config.CROP_SIZE}, TRAIN_BATCH_SIZE={batch_size}: {name} does not take such '
-            f'a batch ({config.shorten(error, 250)}): set another size, or another model'
+            f'CROP_SIZE={config.CROP_SIZE}, TRAIN_BATCH_SIZE={batch_size}: {name} does not accept '
+            f'such a batch ({config.shorten(error, 250)}): set another size or another model'
         ) from None

@@ -1,4 +1,4 @@
-"""How the weights move: OPTIMIZER, SCHEDULE and EMA."""
+"""Optimizer, learning rate and weight averaging: OPTIMIZER, SCHEDULE and EMA."""
 
 import torch
 from pytorch_lightning.callbacks.weight_averaging import WeightAveraging
@@ -23,7 +23,7 @@ def build_optimizer(model) -> torch.optim.Optimizer:
     if name not in optimizers:
         raise config.UserMistake(
             f"OPTIMIZER: torch.optim has no '{name}'; {config.did_you_mean(name, optimizers)}"
-            f'legal: {", ".join(optimizers)}'
+            f'valid: {", ".join(optimizers)}'
         )
     # A fused step unscales the gradients of AMP itself, too late to clip them.
     if name in FUSED and model.hparams.GRADIENT_CLIP is None:
@@ -42,7 +42,7 @@ def build_schedule(name: str, optimizer: torch.optim.Optimizer, steps: int):
 
     'cosine' falls to a hundredth, as in SGDR (arXiv 1608.03983). 'poly' falls to 0 with the power
     0.9, as in DeepLab (arXiv 1606.00915). 'onecycle' is super-convergence (arXiv 1708.07120).
-    All of them rise first. 'plateau' halves the rate when val_dice has not risen for 2 epochs.
+    These three rise first. 'plateau' halves the rate when val_dice has not risen for 2 epochs.
     """
     if name == 'plateau':
         return lr_scheduler.ReduceLROnPlateau(optimizer, 'max', factor=0.5, patience=1)
@@ -77,7 +77,7 @@ def scale_rates(state: dict | list, factor: float) -> None:
 
 
 def weight_average(decay: float, device: torch.device) -> WeightAveraging:
-    """The moving average of the weights that is validated and kept. Its decay rises to `decay`."""
+    """A moving average of the weights, to validate and save. Its decay rises to `decay`."""
 
     def update(averaged, current, steps) -> None:
         steps = int(steps)

@@ -54,7 +54,7 @@ def overlay(image: np.ndarray, mask: np.ndarray, classes: int = 1, strength=0.55
 
 
 def errors(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, ignore) -> np.ndarray:
-    """The image in grey, with missed and added pixels coloured, but for those of mask `ignore`."""
+    """The image in grey, with missed and added pixels coloured, unless the mask is `ignore`."""
     grey = np.broadcast_to(image.mean(2, keepdims=True), (*truth.shape, 3))
     result = (0.5 * grey + 100).astype(np.uint8)
     wrong = (truth != prediction) & (truth != ignore)
@@ -112,7 +112,7 @@ def curves(history: list[dict], rates: list, title: str) -> Figure:
 
     Args:
         history: a dictionary of logged values per epoch.
-        rates: pairs of finished epochs, such as 2.5, and learning rate.
+        rates: pairs of the epochs so far, such as 2.5, and the learning rate.
     """
     fig, axes = figure(1, 3, 3.6, 2.8, title)
     panels = {
@@ -135,7 +135,7 @@ def curves(history: list[dict], rates: list, title: str) -> Figure:
 
 
 def histogram(values, label: str, title: str) -> Figure:
-    """How many images have which score."""
+    """A histogram of the scores of all images, with the median."""
     fig, axes = figure(1, 1, 5.5, 3.2, title)
     axis, median = axes[0, 0], np.median(values)
     low = min(0.9, np.floor(np.min(values) * 20) / 20)

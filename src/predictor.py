@@ -1,7 +1,7 @@
-"""Runs trained models over image files of any number, at each image's own size.
+"""Runs trained models on any number of image files. The result has the size of each image.
 
-A batch always holds the same images, however many processes there are and wherever a killed run
-stopped. So the result is the same to the byte.
+A batch always contains the same images, with any number of processes and after any kill. So the
+result is always the same, byte for byte.
 """
 
 import csv
@@ -50,10 +50,10 @@ def list_test_files() -> list[Path]:
             runtime.print_once(f'{config.TEST_CSV} lists no image of {folder}: all are predicted')
         else:
             names = [name for name in asked if name not in missing]
-            for left_out, what in ((missing, 'are not in TEST_PATH'), (extra, 'not in TEST_CSV')):
+            for left_out, what in ((missing, 'not in TEST_PATH'), (extra, 'not in TEST_CSV')):
                 if left_out:
                     shown = files.first_few(left_out)
-                    runtime.print_once(f'{len(left_out)} test images {what}, left out: {shown}')
+                    runtime.print_once(f'{len(left_out)} test images left out, {what}: {shown}')
     paths = [found[name] for name in names]
     checked = tqdm(paths, 'checking headers', disable=None, leave=False)
     headers = [images.header(file, images.check_bits) for file in checked]
@@ -67,8 +67,8 @@ class ImageBatches(Dataset):
     """Image files in batches of VAL_BATCH_SIZE, each image read once.
 
     With SCALE, a batch is one image. Items are whole batches: {'image': uint8 (N, channels, H, W),
-    'img': paths, from TEST_PATH where the file is in it, 'shape': the images' own (height, width)};
-    with a mask file for each also 'mask': a list of uint8 (height, width).
+    'img': paths, relative to TEST_PATH if inside it, 'shape': each image's own (height, width)};
+    if there are mask files, also 'mask': a list of uint8 (height, width).
     """
 
     def __init__(self, image_files, model, mask_files=()):
@@ -94,7 +94,7 @@ class ImageBatches(Dataset):
         for file, shape in zip(self.mask_files[rows], shapes):
             mask = torch.from_numpy(masks.read_mask(file, *self.mask_rule))
             if mask.shape != shape:
-                raise config.UserMistake(f'{file}: not the size of its image: run folds.py')
+                raise config.UserMistake(f'{file}: mask and image differ in size: run folds.py')
             batch.setdefault('mask', []).append(mask)
         return batch
 
@@ -129,7 +129,7 @@ class Predictor(pl.LightningModule):
         if not probabilities.isfinite().all():
             raise config.UserMistake(
                 f'the predictions for {files.first_few(batch["img"])} are not finite with '
-                f"PRECISION={config.PRECISION}: try 'bf16' or 32"
+                f"PRECISION={config.PRECISION}: try PRECISION='bf16' or 32"
             )
         for n, p in enumerate(probabilities):
             p, shape = p[None], batch['shape'][n]
@@ -160,9 +160,9 @@ class Predictor(pl.LightningModule):
 
 
 def share(batches: ImageBatches, trainer, done: int = 0) -> DataLoader:
-    """This process's contiguous share of the batches, without the first `done` of it.
+    """A loader for this process's share of the batches, without the first `done` of them.
 
-    Lightning refuses a process without a batch, so an empty share holds one empty batch.
+    Lightning needs a batch in every process, so an empty share gets one empty batch.
     """
     first, end = (len(batches) * (trainer.global_rank + i) // trainer.world_size for i in (0, 1))
     own = torch.utils.data.Subset(batches, range(min(first + done, end), end))
@@ -224,11 +224,11 @@ class SubmissionWriter(BasePredictionWriter):
 
 
 def write_submission(predictor: Predictor, batches: ImageBatches, state: list, mask_folder) -> bool:
-    """Predict all images into OUTPUT/submission.csv; RESUME goes on after a killed run.
+    """Predict all images and write OUTPUT/submission.csv. RESUME continues a killed run.
 
     Args:
-        state: what the masks depend on besides what is known here: the checkpoints. A killed run
-            is resumed only if nothing of it has changed.
+        state: what else the masks depend on: the checkpoints. A killed run is resumed only if
+            this, the images and the settings are unchanged.
         mask_folder: see SubmissionWriter.
 
     Returns: whether this is the process that wrote the file.

@@ -1,4 +1,4 @@
-"""Hardware and precision for Lightning's Trainer, and what is said about a run."""
+"""Hardware and precision for Lightning's Trainer, and messages about a run."""
 
 import logging
 import sys
@@ -13,10 +13,10 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import config
 
-# Run PRECISION=16 on a CPU too: real rounding, a real scaler, and slow. Set by test_precision.py.
+# Emulate PRECISION=16 on a CPU: real rounding and scaler, but slow. test_precision.py sets it.
 EMULATE_FLOAT16 = False
 
-print_once = rank_zero_only(print)  # where every process would print the same
+print_once = rank_zero_only(print)  # prints once, not in every process
 
 
 def on_cuda() -> bool:
@@ -27,9 +27,9 @@ def on_cuda() -> bool:
 def precision() -> tuple[str, str]:
     """Lightning's name of the precision that really runs, and the reason."""
     if config.PRECISION == 'bf16':
-        return 'bf16-mixed', "bfloat16 where it is safe, as PRECISION='bf16' asks"
+        return 'bf16-mixed', "bfloat16 where it is safe, because PRECISION='bf16'"
     if config.PRECISION == 32:
-        return '32-true', 'float32 (TF32 on GPUs that have it), as PRECISION=32 asks'
+        return '32-true', 'float32 (TF32 on GPUs that have it), because PRECISION=32'
     if on_cuda() or EMULATE_FLOAT16:
         return '16-mixed', 'float16 where it is safe, with a gradient scaler (native torch AMP)'
     return '32-true', (
@@ -47,7 +47,7 @@ def trainer(**arguments) -> pl.Trainer:
     hardware = {name.lower(): getattr(config, name) for name in names}
     hardware |= {'precision': precision()[0], 'use_distributed_sampler': False}  # we use our own
     if hardware['precision'] == '16-mixed' and not on_cuda():
-        # On a CPU Lightning takes the string for bfloat16, but not the plugin.
+        # On a CPU, Lightning reads '16-mixed' as bfloat16, but not from a plugin.
         plugin = MixedPrecision('16-mixed', 'cpu', torch.amp.GradScaler('cpu'))
         hardware |= {'precision': None, 'plugins': [plugin, *arguments.pop('plugins', [])]}
     try:
@@ -64,12 +64,12 @@ def quiet_trainer(**arguments) -> pl.Trainer:
 
 
 def trial_note(limit: int | None) -> str:
-    """What every score after a training with LIMIT_BATCHES is followed by."""
+    """A note that follows every score of a training with LIMIT_BATCHES."""
     return '' if limit is None else f' (LIMIT_BATCHES={limit}: A TRIAL ON A FEW BATCHES, NO SCORE)'
 
 
 def hide_warnings() -> None:
-    """Hide what other packages say that the user can do nothing about."""
+    """Hide messages of other packages that the user can do nothing about."""
     for name in ('pytorch_lightning', 'lightning', 'lightning_fabric'):
         for logger in (name, f'{name}.utilities.rank_zero', f'{name}.accelerators.cuda'):
             logging.getLogger(logger).setLevel(logging.WARNING)
@@ -89,7 +89,7 @@ def hide_warnings() -> None:
 
 @contextmanager
 def explain_errors(training: bool = True):
-    """Turn errors that are no bug into a config.UserMistake that says what to do."""
+    """Turn errors that are not bugs into a config.UserMistake that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -107,12 +107,12 @@ def explain_errors(training: bool = True):
         text = str(error).lower()
         if 'shared memory' in text or 'bus error' in text:
             raise config.UserMistake(
-                'no room in /dev/shm for the batches of the workers: set fewer NUM_WORKERS (0 needs '
-                'none), or give the container more (docker run --shm-size=8g)'
+                '/dev/shm is too small for the batches of the workers: set fewer NUM_WORKERS (0 '
+                'does not use it), or give the container more (docker run --shm-size=8g)'
             ) from None
         if any(words in text for words in ('closed by peer', 'reset by peer', 'remote process')):
             raise config.UserMistake(
-                'another process of this run has ended, see its own message; RESUME=True goes on'
+                'another process of this run has ended, see its message: run again with RESUME=True'
             ) from None
         if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
             raise config.UserMistake(

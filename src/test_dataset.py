@@ -1,8 +1,8 @@
-"""Look at the data: a picture of what the model is fed (a script, not a unit test).
+"""Look at the data: a picture of the model's input (a script, not a unit test).
 
 Reads   TRAIN_FOLDS, TRAIN_PATH, MASK_PATH (IMAGE_SUFFIX, MASK_SUFFIX), at CROP_SIZE (CHANNELS).
-Writes  OUTPUT/test_dataset.png: images of the first of FOLDS as they are validated, without and
-        with the mask (CLASSES, IGNORE_INDEX) drawn over them, and below the same with AUGMENTATION
+Writes  OUTPUT/test_dataset.png: images of the first fold in FOLDS, only resized, without and with
+        the mask (CLASSES, IGNORE_INDEX) drawn over them. Below: the same images with AUGMENTATION,
         in four epochs.
 
     python test_dataset.py
@@ -23,8 +23,8 @@ def main() -> None:
     step = max(1, len(plain) // IMAGES)
     indices = range(0, len(plain), step)[:IMAGES]
     title = (
-        f'fold {folds[0]} at {config.CROP_SIZE}: only resized, without and with its mask; '
-        f'below, AUGMENTATION={config.AUGMENTATION}'
+        f'fold {folds[0]} at {config.CROP_SIZE}: resized images, without and with masks; '
+        f'below, with AUGMENTATION={config.AUGMENTATION}'
     )
     fig, axes = plots.figure(2 + EPOCHS, len(indices), 2.4, 2.0, title)
     for column, index in zip(axes.T, indices):

@@ -1,14 +1,14 @@
 """The experiment of the title: the same training in float32, TF32, bfloat16 and float16.
 
-Reads   TRAIN_FOLDS, TRAIN_PATH, MASK_PATH as Lightning_trainer.py does; where there are no training
-        images, it draws the demo's (INPUT/demo) and takes the demo's settings.
+Reads   TRAIN_FOLDS, TRAIN_PATH, MASK_PATH as Lightning_trainer.py does. If there are no training
+        images, it draws the demo's cars (INPUT/demo) and uses the demo's settings.
 Writes  OUTPUT/precision.csv: precision,images_per_second,step_ms,peak_memory_mb,val_dice,note;
         OUTPUT/precision.png.
 
-Each row is a process of its own: MODEL_NAME at CROP_SIZE, TRAIN_BATCH_SIZE, LR, SCHEDULE, LOSS,
-AUGMENTATION, SEED and ENCODER_WEIGHTS, on one device of ACCELERATOR, an optimizer step per batch, no
-EMA, the first of FOLDS held out. The first 10 steps are not timed. Without a GPU, float16 is
-emulated: slow, with the same rounding. A row that the hardware cannot run says why.
+Each row runs in its own process on one device of ACCELERATOR, with MODEL_NAME, ENCODER_WEIGHTS,
+CROP_SIZE, TRAIN_BATCH_SIZE, LR, SCHEDULE, LOSS, AUGMENTATION and SEED, one step per batch and no
+EMA. The first of FOLDS is validated. The first 10 steps are not timed. Without a GPU, float16 is
+emulated: slow, but with the same rounding. If the hardware cannot run a row, its note says why.
 
     python test_precision.py
     python test_precision.py --steps 500 --seeds 3      longer; val_dice is the mean over the seeds
@@ -88,7 +88,7 @@ def impossible(name: str) -> str:
 
 
 def run_row(name: str, steps: int, arguments: list[str]) -> dict:
-    """What `measure` gives, from a process of its own."""
+    """The result of `measure`, run in a new process."""
     command = [sys.executable, __file__, '--row', name, '--steps', str(steps), *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -97,7 +97,7 @@ def run_row(name: str, steps: int, arguments: list[str]) -> dict:
 
 
 def summary(runs: list[dict]) -> pd.DataFrame:
-    """precision.csv from its runs, one per seed: medians, but the mean of val_dice; all notes."""
+    """The table of precision.csv. Over the seeds: mean of val_dice, else medians, and all notes."""
     table = pd.DataFrame(runs, columns=['precision', *DIGITS, 'note'])
     rules = {**dict.fromkeys(DIGITS, 'median'), 'val_dice': 'mean', 'note': '; '.join}
     return table.groupby('precision', sort=False).agg(rules).round(DIGITS).reset_index()
@@ -113,7 +113,7 @@ def print_differences(runs: pd.DataFrame) -> None:
 
 
 class Clock(pl.Callback):
-    """Times the steps after the first ones; the device is waited for twice, not at every step."""
+    """Times the steps after the warm-up. It waits for the device only twice, not at every step."""
 
     def __init__(self, warm_up: int):
         self.warm_up, self.images, self.start = warm_up, 0, 0.0
@@ -157,14 +157,14 @@ def measure(name: str, steps: int) -> dict:
     trainer.validate(model, verbose=False)
     dice = trainer.callback_metrics['val_dice'].item()
     done = max(int(state.get('step', last)) for state in trainer.optimizers[0].state.values())
-    note = 'emulated: the rounding and the scaler are real, the speed says nothing; ' * emulated
+    note = 'emulated: the rounding and the scaler are real, the speed is not; ' * emulated
     return {
         'images_per_second': clock.images / clock.seconds,
         'step_ms': 1e3 * clock.seconds / steps,
         'peak_memory_mb': peak,
         'val_dice': dice,
-        'note': f'{note}seed {config.SEED}: Dice {dice:.4f}, {last - done} of {last} steps skipped for '
-        f'overflow, waited for data {share:.0%} of the time',
+        'note': f'{note}seed {config.SEED}: Dice {dice:.4f}, {last - done} of {last} steps skipped '
+        f'because of overflow, waited for data {share:.0%} of the time',
     }
 
 

@@ -183,7 +183,7 @@ def test_patience_ends_a_training_and_resume_leaves_it_so(ready, capsys):
     epochs = len(pd.read_csv(ready / 'logs/version_0/metrics.csv'))
     best = int(pd.read_csv(ready / 'logs/version_0/metrics.csv').val_dice.idxmax())
     assert epochs == best + 3 < 9
-    assert f'no better val_dice in 2 epochs: stopped after {epochs}' in capsys.readouterr().out
+    assert f'stopped after epoch {epochs}: no better val_dice in' in capsys.readouterr().out
     files.models_file().unlink()
     train(*words, 'RESUME=True')
     assert f'fold 0 is finished, {epochs} epochs' in capsys.readouterr().out
@@ -222,7 +222,7 @@ def test_after_nan_a_lower_rate_goes_on_from_the_last_good_checkpoint(
     with monkeypatch.context() as patch:
         poison(patch, epoch=2)  # the weights of the third epoch become NaN, and so does val_loss
         with pytest.raises(
-            NotFinite, match=r'val_loss is nan in epoch 3: RESUME=True with a lower'
+            NotFinite, match=r'val_loss is nan in epoch 3: run again with RESUME=True and a lower'
         ):
             train(*words)
     assert not files.models_file().exists()
@@ -264,7 +264,7 @@ def test_a_wild_rate_ends_with_status_1_and_a_low_one_goes_on(ready, capsys):
     assert not files.models_file().exists()
     train(*words, 'LR=0.001')
     told = capsys.readouterr().out
-    assert 'starts anew' in told or 'with LR=0.001' in told
+    assert 'has no run to resume' in told or 'with LR=0.001' in told
     assert files.read_models().fold.tolist() == [0]
 
 
@@ -287,7 +287,7 @@ def test_empty_masks_ask_for_another_loss(ready, capsys, empty, loss, told):
         save_mask_gif(file, np.zeros((48, 64), np.uint8))
     train(f'LOSS={loss}')
     out = capsys.readouterr().out
-    assert ('take DC_and_CE_loss' in out) == bool(told) and told in out
+    assert ('set LOSS=DC_and_CE_loss' in out) == bool(told) and told in out
 
 
 def test_the_losses_that_need_an_object_are_those_without_a_gradient():

@@ -76,7 +76,7 @@ def test_training_on_two_devices_and_the_death_of_one(uneven, tmp_path):
     os.kill(rank1, signal.SIGKILL)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode not in (0, None)
-    assert 'RESUME=True goes on' in rest and 'Traceback' not in rest
+    assert 'run again with RESUME=True' in rest and 'Traceback' not in rest
 
 
 def children(pid: int) -> list[int]:
@@ -94,7 +94,7 @@ def test_several_folds_in_one_launch_are_refused(uneven, monkeypatch, name):
     _, words = uneven
     monkeypatch.setenv(name, '2')
     command_line.override([*words, 'FOLDS=[0, 1]'])
-    refused = r'FOLDS=\[0, 1\]: torchrun and srun train one fold each'
+    refused = r'FOLDS=\[0, 1\]: torchrun and srun can train only one fold'
     with pytest.raises(config.UserMistake, match=refused):
         Lightning_trainer.main()
 

@@ -94,7 +94,7 @@ def test_a_real_nan_is_told(float16, monkeypatch):
         return model
 
     monkeypatch.setitem(model_dispatcher.MODELS, 'tiny', broken)
-    with pytest.raises(NotFinite, match=r"PRECISION='bf16' \(or 32\) in place of 16"):
+    with pytest.raises(NotFinite, match=r"PRECISION='bf16' \(or 32\) instead of 16"):
         train(float16)
     assert not files.models_file().exists()
 

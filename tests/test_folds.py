@@ -73,8 +73,8 @@ def csv(folder, text):
 MISTAKES = {
     'no image folder': (lambda f: (f / 'input/train_hq').rename(f / 'gone'), 'train_hq: no such folder'),
     'no mask folder': (lambda f: (f / 'input/train_masks').rename(f / 'gone'), 'train_masks: no such'),
-    'no images': (lambda f: [x.unlink() for x in (f / 'input/train_hq').iterdir()], 'it is empty'),
-    'swapped': (lambda f: setattr(config, 'TRAIN_PATH', config.MASK_PATH), 'but 10 .gif: set TRAIN'),
+    'no images': (lambda f: [x.unlink() for x in (f / 'input/train_hq').iterdir()], 'nothing: set'),
+    'swapped': (lambda f: setattr(config, 'TRAIN_PATH', config.MASK_PATH), 'found 10 .gif: set'),
     'no mask': (lambda f: mask(f).unlink(), '1 images have no mask.*000000000000_01'),
     'no image': (lambda f: image(f).unlink(), '1 masks .*have no image.*000000000000_01'),
     'sizes': (lambda f: Image.new('RGB', (9, 8)).save(image(f)), r'000000000000_01 \(9x8 and 64x48\)'),
@@ -114,8 +114,8 @@ def test_constant_masks_are_allowed_and_told(carvana, capsys):
     save_mask_gif(mask(carvana, '000000000001_01'), np.ones((48, 64), np.uint8))
     folds.main()
     told = capsys.readouterr().out
-    assert '1 of 10 masks that were decoded hold class 0 alone' in told
-    assert '1 of 10 masks that were decoded hold class 1 alone' in told
+    assert '1 of 10 decoded masks have only class 0' in told
+    assert '1 of 10 decoded masks have only class 1' in told
 
 
 def test_a_table_that_splits_a_group_is_refused(carvana):
@@ -133,7 +133,7 @@ def test_a_table_of_other_images_is_refused(carvana):
     make_carvana(carvana / 'more', cars=6)
     config.TRAIN_PATH, config.MASK_PATH = f'{carvana}/more/train_hq', f'{carvana}/more/train_masks'
     with pytest.raises(
-        config.UserMistake, match='lists other images than there are .000000000005_01'
+        config.UserMistake, match='does not match the training images .000000000005_01'
     ):
         folds.check_up_to_date()
 
@@ -164,7 +164,7 @@ def test_ignoring_the_foreground_is_refused(carvana):
         Image.fromarray(255 * np.array(Image.open(file))).save(file.with_suffix('.png'))
     config.MASK_SUFFIX = '_mask.png'
     with pytest.raises(
-        config.UserMistake, match='all masks hold 0, 255 alone, which with IGNORE_INDEX=255'
+        config.UserMistake, match='all masks have only values 0, 255; with IGNORE_INDEX=255'
     ):
         folds.main()
 
@@ -172,14 +172,14 @@ def test_ignoring_the_foreground_is_refused(carvana):
 def test_more_folds_than_asked_for_are_told(carvana):
     folds.main()
     config.N_FOLDS = 3
-    with pytest.raises(config.UserMistake, match='has 5 folds, N_FOLDS=3: run folds.py again'):
+    with pytest.raises(config.UserMistake, match='has 5 folds, but N_FOLDS=3: run folds.py again'):
         folds.check_up_to_date()
 
 
 def test_masks_without_any_object_are_refused(carvana):
     for file in (carvana / 'input/train_masks').iterdir():
         save_mask_gif(file, np.zeros((48, 64), np.uint8))
-    with pytest.raises(config.UserMistake, match='MASK_PATH=.*: all masks hold 0 alone'):
+    with pytest.raises(config.UserMistake, match='MASK_PATH=.*: all masks have only values 0;'):
         folds.main()
 
 

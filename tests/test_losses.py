@@ -505,8 +505,8 @@ def test_every_name_is_there_and_builds_afresh():
         ('iouloss', 1, {}, ['iouloss', 'did you mean IoULoss?', *LOSSES]),
         ('Quadratic', 1, {}, ['Quadratic', 'MCCLoss']),
         ('TverskyLoss', 1, {'alfa': 1}, ['alfa', 'did you mean alpha?', 'beta=0.7']),
-        ('BCE', 3, {}, ['BCE', 'CLASSES=3', 'take CE']),
-        ('BCE_Dice', 2, {}, ['CLASSES=2', 'take CE_Dice']),
+        ('BCE', 3, {}, ['BCE', 'CLASSES=3', 'use CE']),
+        ('BCE_Dice', 2, {}, ['CLASSES=2', 'use CE_Dice']),
     ],
 )
 def test_mistakes_are_named_when_built(name, classes, args, words):

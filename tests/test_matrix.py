@@ -37,6 +37,6 @@ def test_a_pair_learns_or_is_refused_with_the_reason(tmp_path, decoder, encoder)
 
 def test_a_size_that_is_too_small_is_refused_before_the_training():
     model = model_dispatcher.build_model('smp_pan_resnet18')
-    with pytest.raises(config.UserMistake, match='smp_pan_resnet18 does not take such a batch'):
+    with pytest.raises(config.UserMistake, match='smp_pan_resnet18 does not accept such a batch'):
         model_dispatcher.try_out(model, 'smp_pan_resnet18', 2, (3, 64, 64))
     assert next(model.parameters()).device.type == 'cpu'

@@ -89,13 +89,13 @@ def test_a_mask_turned_as_its_image_fits_and_one_that_is_not_is_told(own, capsys
     image, mask = dataset.read_pair(*masks.files_of(['0'])[0], (30, 20), 3, *folds.mask_rule())
     assert np.array_equal(image[..., 0] > 60, mask == 1) and mask.any()
     own('0', **turned(6))
-    with pytest.raises(config.UserMistake, match=r'0: EXIF turns one .*6 and 1.*exif_transpose'):
+    with pytest.raises(config.UserMistake, match=r'0: EXIF turns only one .*6 and 1.*exiftool'):
         folds.main()
     for number in range(4):
         own(f'{number}', **turned(3))
     capsys.readouterr()
     decide()
-    assert '4 images are turned by EXIF and their masks are not' in capsys.readouterr().out
+    assert '4 images and their masks have different EXIF rotations' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('orientation', [3, 6])
@@ -193,7 +193,7 @@ def test_pages_are_refused(tmp_path):
             read(tmp_path / 'm.tif')
     other = Image.fromarray(1 - MASK)
     page.save(tmp_path / 'm.gif', save_all=True, append_images=[other])
-    with pytest.raises(config.UserMistake, match=r'm\.gif: it moves'):
+    with pytest.raises(config.UserMistake, match=r'm\.gif: it is animated'):
         images.header(tmp_path / 'm.gif')
 
 
@@ -387,7 +387,7 @@ def test_several_masks_of_an_image_are_named(own):
     with pytest.raises(config.UserMistake, match=r'more than one mask, such as x0_mask_1\.png'):
         decide(MASK_PATH=config.TRAIN_PATH, MASK_SUFFIX='_mask.png')
     own('0.jpg', mask=None)
-    with pytest.raises(config.UserMistake, match=r'two files of one name, 0\.jpg and 0\.png'):
+    with pytest.raises(config.UserMistake, match=r'have the same name: 0\.jpg and 0\.png'):
         own('0', mask=None)
         decide(IMAGE_SUFFIX=['.jpg', '.png'])
 
@@ -426,7 +426,7 @@ def test_names_that_cannot_be_written_are_told_when_listed(own, name):
         )
     except OSError:
         pytest.skip('this disk takes no such name')
-    with pytest.raises(config.UserMistake, match='is no name in UTF-8 on one line: rename'):
+    with pytest.raises(config.UserMistake, match='is not UTF-8 text in one line: rename'):
         files.list_files('TRAIN_PATH')
 
 
@@ -460,7 +460,7 @@ def test_folds_are_alike_in_size_and_in_what_masks_hold(capsys):
         assert sorted(table[table.img < '08'].kfold.value_counts()) == [1, 1, 2, 2, 2]
     folds.print_folds(table, held)
     rows = capsys.readouterr().out.splitlines()
-    assert rows[0] == '| fold | images | groups | with object |' and '| all | 40 | 40 | 8 |' in rows
+    assert rows[0] == '| fold | images | groups | foreground |' and '| all | 40 | 40 | 8 |' in rows
 
 
 def test_a_class_that_never_occurs_or_is_missing_in_a_fold_is_said(capsys):
@@ -468,8 +468,8 @@ def test_a_class_that_never_occurs_or_is_missing_in_a_fold_is_said(capsys):
     held = {f'{n}': (0, 2) if n else (0, 1, 2) for n in range(6)}
     folds.print_folds(folds.assign_folds(list(held), held), held)
     told = capsys.readouterr().out
-    assert 'no mask holds class 3' in told
-    assert 'has no image with class 1: its score says nothing about it' in told
+    assert 'no mask has class 3' in told
+    assert 'has no image with class 1: its score does not measure class 1' in told
 
 
 # ------------------------------------------------------------ J. meant plainly
@@ -479,7 +479,7 @@ def test_jpeg_masks_whose_values_gather_at_both_ends(own, capsys):
         own(f'{number}', np.dstack([90 * disc] * 3), 255 * disc, f'{number}.jpg',
             mask_options={'quality': 90})  # fmt: skip
     decide(MASK_SUFFIX='.jpg')
-    assert '4 masks are saved with loss, as JPEG: foreground from 128 up' in capsys.readouterr().out
+    assert '4 masks are JPEG files, which is lossy: 128 and above' in capsys.readouterr().out
     mask = masks.read_mask(own.folder / 'msk/3.jpg')
     assert (mask != disc).mean() < 0.002
     smooth = np.tile(np.linspace(0, 255, 128).astype(np.uint8), (96, 1))

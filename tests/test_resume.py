@@ -114,7 +114,7 @@ def test_finished_folds_are_left_alone_and_other_constants_refused(undisturbed, 
         Lightning_trainer.train_fold(0)
     for epochs in (2, 9):  # the annealing was planned for another number
         command_line.override([*words, 'RESUME=True', f'EPOCHS={epochs}'])
-        message = r"started with EPOCHS=12 \(SCHEDULE='cosine' was planned for them\): set the same"
+        message = r"started with EPOCHS=12 \(SCHEDULE='cosine' depends on EPOCHS\): set the same"
         with pytest.raises(config.UserMistake, match=message):
             Lightning_trainer.train_fold(0)
 
@@ -230,7 +230,7 @@ def test_sigterm_ends_tidily(undisturbed, tmp_path):
     process.send_signal(signal.SIGTERM)
     log = finish(process).stdout
     assert process.returncode == 143
-    assert 'was stopped at val_dice' in log and 'RESUME=True' in log and 'Traceback' not in log
+    assert 'stopped with best val_dice' in log and 'RESUME=True' in log and 'Traceback' not in log
 
 
 def test_a_killed_tester_goes_on_to_the_same_bytes(undisturbed, tmp_path):
@@ -289,7 +289,7 @@ def test_other_images_in_the_folds_are_refused(undisturbed, tmp_path, capsys):
     for given in ([other], [f'TRAIN_FOLDS={folder}/output/train_folds.csv', 'TRAIN_PATH=/none']):
         command_line.override([*words, *given, f'OUTPUT={tmp_path}/out', f'PATH={checkpoint}'])
         assert Lightning_tester.score_out_of_fold(models) == 0.5
-        assert 'nothing to score out of fold' in capsys.readouterr().out
+        assert 'no out-of-fold scores' in capsys.readouterr().out
     assert not (tmp_path / 'out').exists()
 
 

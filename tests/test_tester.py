@@ -85,8 +85,8 @@ def test_sample_submission_gives_the_order(model, tmp_path, capsys):
     config.TEST_CSV = str(tmp_path / 'order.csv')
     assert list(submission(model)) == ['c.png', 'a.png']
     told = capsys.readouterr().out
-    assert '1 test images are not in TEST_PATH, left out: gone\n' in told
-    assert '1 test images not in TEST_CSV, left out: b\n' in told
+    assert '1 test images left out, not in TEST_PATH: gone\n' in told
+    assert '1 test images left out, not in TEST_CSV: b\n' in told
 
 
 def test_without_a_trained_model_the_next_step_is_named(model):
@@ -225,7 +225,7 @@ def test_a_killed_run_on_other_images_is_not_resumed(model, tmp_path):
 
 def test_what_is_not_predicted_is_told(model, tmp_path, capsys):
     (tmp_path / 'test/a.jpg').write_bytes(b'')
-    but = 'no file *.png, but 1 .jpg: set TEST_PATH or TEST_SUFFIX'
+    but = 'no file *.png, found 1 .jpg: set TEST_PATH or TEST_SUFFIX'
     for folder, told in (('test', but), ('x', 'no such folder: set TEST_PATH or INPUT')):
         config.TEST_PATH = str(tmp_path / folder)
         predict({0: model})

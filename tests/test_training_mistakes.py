@@ -53,7 +53,7 @@ MISTAKES = {
     'loss': (give(LOSS='DiceLoss'), "no loss is called 'DiceLoss'; did you mean"),
     'loss and classes': (give(LOSS='BCE', CLASSES=3), 'BCE is not for CLASSES=3'),
     'loss arguments': (give(LOSS_ARGS={'alhpa': 1}), 'IoULoss has no argument alhpa; it takes'),
-    'loss and constant': (give(LOSS_ARGS={'ignore_index': 255}), 'set IGNORE_INDEX, not LOSS_ARGS'),
+    'loss and constant': (give(LOSS_ARGS={'ignore_index': 255}), 'set IGNORE_INDEX instead'),
     'decoder': (give(MODEL_NAME='smp_unett_resnet18'), "no decoder 'unett'; did you mean unet"),
     'encoder': (give(MODEL_NAME='smp_unet_resnet19'), "no encoder 'resnet19'; did you mean"),
     'augmentation': (give(AUGMENTATION='originl'), "AUGMENTATION='originl': did you mean original"),
