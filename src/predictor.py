@@ -149,14 +149,9 @@ class Predictor(pl.LightningModule):
         """
         if p.shape[1] > 1:
             return metrics.count(metrics.decide(p), mask[None], p.shape[1], self.ignore_index)
-        # above[j] pixels have p > thresholds[j]: those with more than j thresholds below p.
-        above = []
-        for index in (1, 0):
-            below = torch.bucketize(p[0, 0][mask == index], self.thresholds)
-            bins = torch.bincount(below, minlength=len(self.thresholds) + 1)
-            above.append(bins.flip(0).cumsum(0).flip(0))
-        tp, fp = (x[1:] for x in above)
-        return torch.stack([tp, fp, above[0][0] - tp], 1)[:, :, None]
+        inside, outside = p[0, 0][mask == 1], p[0, 0][mask == 0]  # neither: ignored
+        tp, fp = (torch.stack([(x > t).sum() for t in self.thresholds]) for x in (inside, outside))
+        return torch.stack([tp, fp, len(inside) - tp], 1)[:, :, None]
 
 
 def share(batches: ImageBatches, trainer, done: int = 0) -> DataLoader:
