@@ -37,16 +37,9 @@ def predict_windows(model, x: torch.Tensor, size: tuple[int, int], batch_size: i
         if length > side:
             order = np.pad(np.arange(side), (0, length - side), 'reflect' if side > 1 else 'edge')
             x = x.index_select(axis, torch.from_numpy(order).to(x.device))
-    starts, weights, sums = [], [], []
-    for side, length in zip(x.shape[2:], size):
-        steps = -(-2 * (side - length) // length)  # of at most half a window, rounded up
-        starts.append([round(n * (side - length) / max(1, steps)) for n in range(steps + 1)])
-        weights.append(torch.hann_window(length + 2, periodic=False, device=x.device)[1:-1])
-        sums.append(torch.zeros(side, device=x.device))
-        for start in starts[-1]:
-            sums[-1][start : start + length] += weights[-1]
-    slices = [[slice(s, s + n) for s in axis] for axis, n in zip(starts, size)]
-    windows, total = [(..., rows, columns) for rows in slices[0] for columns in slices[1]], None
+    weights = [torch.hann_window(n + 2, periodic=False, device=x.device)[1:-1] for n in size]
+    cuts = [window_slices(side, length) for side, length in zip(x.shape[2:], size)]
+    windows, total = [(..., rows, columns) for rows in cuts[0] for columns in cuts[1]], None
     for first in range(0, len(windows), batch_size):
         batch = windows[first : first + batch_size]
         logits = model(torch.cat([x[window] for window in batch])).float()
@@ -54,9 +47,20 @@ def predict_windows(model, x: torch.Tensor, size: tuple[int, int], batch_size: i
             total = logits.new_zeros(len(x), logits.shape[1], *x.shape[2:])
         for window, part in zip(batch, logits.split(len(x))):
             total[window] += part * (weights[0][:, None] * weights[1])
-    total /= sums[0][:, None]
-    total /= sums[1]
+    # The weights are a product of rows and columns, and so are their sums.
+    for shape, side, axis_cuts, weight in zip(((-1, 1), (1, -1)), x.shape[2:], cuts, weights):
+        sums = torch.zeros(side, device=x.device)
+        for cut in axis_cuts:
+            sums[cut] += weight
+        total /= sums.reshape(shape)
     return total[..., : own[0], : own[1]]
+
+
+def window_slices(side: int, length: int) -> list[slice]:
+    """Slices of a length that cover a side, as evenly as can be, and overlap by half or more."""
+    steps = -(-2 * (side - length) // length)  # of at most half a window, rounded up
+    starts = (round(n * (side - length) / max(1, steps)) for n in range(steps + 1))
+    return [slice(start, start + length) for start in starts]
 
 
 def count(prediction, mask, classes: int, ignore_index: int | None = None) -> torch.Tensor:
