@@ -5,6 +5,8 @@ one class, an image's score is that of the foreground, or 1 if it is neither the
 With more classes, it is the mean over the classes that are in the image or in its prediction.
 """
 
+import itertools
+
 import numpy as np
 import torch
 from torchmetrics import Metric
@@ -28,32 +30,36 @@ def predict_windows(model, x: torch.Tensor, size: tuple[int, int], batch_size: i
     """Logits (N, classes, H, W) of images (N, C, H, W) of any size; float32 if they are blended.
 
     Windows of `size` that overlap by half are predicted in batches and blended with the weights of
-    a Hann window. Images that are smaller than a window are padded by reflection.
+    a Hann window. A model is worst at the border of its input, so images are extended by reflection,
+    by an eighth of a window, as in U-Net (Ronneberger et al. 2015, arXiv 1505.04597).
     """
-    own = x.shape[2:]
+    own, axes = x.shape[2:], []
     if own == size:
         return model(x)
-    for axis, (side, length) in enumerate(zip(own, size), 2):
-        if length > side:
-            order = np.pad(np.arange(side), (0, length - side), 'reflect' if side > 1 else 'edge')
-            x = x.index_select(axis, torch.from_numpy(order).to(x.device))
-    weights = [torch.hann_window(n + 2, periodic=False, device=x.device)[1:-1] for n in size]
-    cuts = [window_slices(side, length) for side, length in zip(x.shape[2:], size)]
-    windows, total = [(..., rows, columns) for rows in cuts[0] for columns in cuts[1]], None
+    for side, length in zip(own, size):
+        pads = length // 8, max(length // 8, length - length // 8 - side)
+        pixels = np.pad(np.arange(side), pads, 'reflect' if side > 1 else 'edge')
+        weight = torch.hann_window(length + 2, periodic=False, device=x.device)[1:-1]
+        axes.append(
+            (torch.from_numpy(pixels).to(x.device), window_slices(len(pixels), length), weight)
+        )
+    (rows, row_cuts, row_weight), (columns, column_cuts, column_weight) = axes
+    windows, total = list(itertools.product(row_cuts, column_cuts)), None
     for first in range(0, len(windows), batch_size):
         batch = windows[first : first + batch_size]
-        logits = model(torch.cat([x[window] for window in batch])).float()
+        logits = model(torch.cat([x[..., rows[r][:, None], columns[c]] for r, c in batch])).float()
         if total is None:
-            total = logits.new_zeros(len(x), logits.shape[1], *x.shape[2:])
-        for window, part in zip(batch, logits.split(len(x))):
-            total[window] += part * (weights[0][:, None] * weights[1])
+            total = logits.new_zeros(len(x), logits.shape[1], len(rows), len(columns))
+        for (r, c), part in zip(batch, logits.split(len(x))):
+            total[..., r, c] += part * (row_weight[:, None] * column_weight)
     # The weights are a product of rows and columns, and so are their sums.
-    for shape, side, axis_cuts, weight in zip(((-1, 1), (1, -1)), x.shape[2:], cuts, weights):
-        sums = torch.zeros(side, device=x.device)
-        for cut in axis_cuts:
+    for (pixels, cuts, weight), shape in zip(axes, ((-1, 1), (1, -1))):
+        sums = torch.zeros(len(pixels), device=x.device)
+        for cut in cuts:
             sums[cut] += weight
         total /= sums.reshape(shape)
-    return total[..., : own[0], : own[1]]
+    top, left = (length // 8 for length in size)
+    return total[..., top : top + own[0], left : left + own[1]]
 
 
 def window_slices(side: int, length: int) -> list[slice]:
