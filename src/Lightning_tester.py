@@ -1,8 +1,8 @@
 """Step 3: score each model on the images that it was not trained on, then predict TEST_PATH.
 
 Reads   OUTPUT/models.csv and its checkpoints, or the one checkpoint PATH; TRAIN_FOLDS with the
-        images and masks (TRAIN_PATH, MASK_PATH, IMAGE_SUFFIX, MASK_SUFFIX) of FOLDS; the images of
-        TEST_PATH, in the order of TEST_CSV if it exists.
+        images and masks (TRAIN_PATH, MASK_PATH, IMAGE_PREFIX, IMAGE_SUFFIX, MASK_PREFIX, MASK_SUFFIX,
+        TRAIN_CSV) of FOLDS; the images of TEST_PATH (TEST_SUFFIX), in the order of TEST_CSV.
 Writes  OUTPUT/oof.csv: img,kfold,dice,iou at each image's own size; oof_worst.png,
         oof_histogram.png; OUTPUT/submission.csv: img,rle_mask; test_samples.png; with SAVE_MASKS,
         or several classes, OUTPUT/test_masks/<img>.png; OUTPUT/model_fold#/, each model for
@@ -16,8 +16,11 @@ a killed run. Hardware and speed: ACCELERATOR, DEVICES, VAL_BATCH_SIZE, NUM_WORK
     python Lightning_tester.py TEST_PATH=/my/images PATH=lightning_logs/version_0/checkpoints/last.ckpt
 """
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
+
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # as in Lightning_trainer.py
 
 import numpy as np
 import pandas as pd
@@ -178,7 +181,7 @@ def print_scores(table: pd.DataFrame, note: str) -> None:
     scores.index.name = 'fold'
     scores.loc['all'] = [len(table), table.dice.mean(), table.dice.std(), table.iou.mean()]
     scores['images'] = scores.images.astype(int)
-    print(f"out of fold, at the images' own size{note}", files.markdown(scores), 'worst', sep='\n')
+    print(f"out of fold, at the images' own size{note}\n{files.markdown(scores)}\nworst Dice:")
     worst = table.nsmallest(10, 'dice')[['dice', 'img']]
     print(worst.to_string(index=False, header=False, float_format='%.4f'))
 

@@ -1,11 +1,12 @@
 """Step 2: train one model for each fold in FOLDS.
 
-Reads   TRAIN_FOLDS, TRAIN_PATH, MASK_PATH (IMAGE_SUFFIX, MASK_SUFFIX); ENCODER_WEIGHTS.
+Reads   TRAIN_FOLDS, TRAIN_PATH, MASK_PATH (IMAGE_PREFIX, IMAGE_SUFFIX, MASK_PREFIX, MASK_SUFFIX,
+        TRAIN_CSV, EMPTY_IF_NO_MASK, MASK_COLOURS); ENCODER_WEIGHTS.
 Writes  LOGS_PATH/version_#/ for each fold: checkpoints (best by val_dice, and last.ckpt),
         hparams.yaml, metrics.csv, TensorBoard events, curves.png, profile.txt;
         OUTPUT/models.csv: fold,version,checkpoint,val_dice,val_iou; OUTPUT/cache with CACHE.
 
-Model and data: MODEL_NAME, CROP_SIZE, CHANNELS, CLASSES, IGNORE_INDEX, MODEL_MEAN, MODEL_STD,
+Model and data: MODEL_NAME, CROP_SIZE, SCALE, CHANNELS, CLASSES, IGNORE_INDEX, MODEL_MEAN, MODEL_STD,
 AUGMENTATION. Training: LOSS (LOSS_ARGS), OPTIMIZER (OPTIMIZER_ARGS), LR, SCHEDULE, EMA, EPOCHS,
 PATIENCE, LIMIT_BATCHES, TRAIN_BATCH_SIZE, VAL_BATCH_SIZE, ACCUMULATE_GRAD_BATCHES, GRADIENT_CLIP,
 PRECISION, SEED. Hardware: ACCELERATOR, DEVICES, NUM_NODES, STRATEGY, NUM_WORKERS, COMPILE.
@@ -24,6 +25,10 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+
+# A thread that waits for the others spins shortly, then sleeps: beside other programs, spinning made
+# a step up to 40 times slower. Set before torch loads OpenMP.
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import pandas as pd
 import pytorch_lightning as pl
@@ -188,6 +193,7 @@ def print_start(fold: int, table: pd.DataFrame, items: int, model, trainer: pl.T
         for what, rows in parts.items()
     )
     batches = math.ceil(items / (config.TRAIN_BATCH_SIZE * trainer.world_size))
+    batches = min(batches, config.LIMIT_BATCHES or batches)
     steps = math.ceil(batches / config.ACCUMULATE_GRAD_BATCHES)
     parameters = sum(p.numel() for p in model.model.parameters()) / 1e6
     lines = {

@@ -47,8 +47,8 @@ RULES = {
     **dict.fromkeys(
         ('IMAGE_SUFFIX', 'MASK_SUFFIX', 'TEST_SUFFIX'),
         ("a suffix such as '.png' or '_mask.png', or a list of suffixes",
-         lambda v: v and all(type(x) is str and x for x in config.endings(v)))),
-    'FOLDS': ('a list of different folds from 0 to N_FOLDS - 1',
+         lambda v: v and all(type(x) is str and '.' in x for x in config.endings(v)))),
+    'FOLDS': ('a list of different folds from 0 to N_FOLDS - 1, such as [0]',
               lambda v: 0 < len(v) == len(set(v)) and set(v) <= set(range(config.N_FOLDS))),
     'PRECISION': ("16, 'bf16' or 32", lambda v: v in (16, 32, 'bf16')),
     'SCHEDULE': ("None, 'cosine', 'onecycle', 'poly' or 'plateau'",
@@ -88,6 +88,11 @@ def override(arguments: list[str]) -> None:
             value = ast.literal_eval(text)
         except (ValueError, TypeError, SyntaxError):
             value = text
+        if type(value) is str and value[:1] in ('[', '{') and {list, dict} & kinds(name)[1]:
+            raise config.UserMistake(
+                f'{argument}: not a Python literal. The shell may have removed its quotes: put the '
+                f"""argument in double quotes, such as "IMAGE_SUFFIX=['.jpg', '.png']" """
+            )
         given[name] = value if type(value) in kinds(name)[1] else text  # INPUT=2018 is text
     # A statement may use the constants above it, so the given values are set after each one.
     for statement in ast.parse(Path(config.__file__).read_text(encoding='utf-8')).body:

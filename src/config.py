@@ -148,6 +148,8 @@ def differing_constants(saved: dict, other: dict) -> list[str]:
 def shorten(error: Exception, length: int = 160) -> str:
     """The error message of another package, in one line of about `length` characters."""
     text = ' '.join(str(error).split())
+    if text.startswith('Weights only load failed'):  # torch's long advice is for pickled code
+        return 'torch.save has not written it'
     if len(text) > length:
         return text[:length].rpartition('. ')[0] or f'{text[:length]}...'
     return text.rstrip('.') or type(error).__name__

@@ -7,7 +7,6 @@ Writes  INPUT/demo: Kaggle's files, and test_masks_truth; OUTPUT/demo, LOGS_PATH
     python demo.py --cars 318 --test-cars 9 --size 1918x1280 --only-draw INPUT=/tmp/carvana
 """
 
-import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -130,13 +129,11 @@ def main(options) -> None:
     if options.only_draw:
         return
     given = arguments(options.arguments, **paths)
-    # By default OpenMP threads busy-wait. This slows all of them if another program runs.
-    environment = {'OMP_WAIT_POLICY': 'passive', **os.environ}
     for step in ('folds.py', 'Lightning_trainer.py', 'Lightning_tester.py'):
         print(f'\n--- python {step}', flush=True)
         script = config.path(f'src/{step}')
         command = [sys.executable, script, *given]
-        if status := subprocess.run(command, env=environment).returncode:
+        if status := subprocess.run(command).returncode:
             sys.exit(status)
     print(f'\nthe pictures are in {paths["OUTPUT"]}')
 

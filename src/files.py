@@ -125,6 +125,14 @@ def is_file(name: str | None) -> bool:
     return name is not None and config.path(name).is_file()
 
 
+def is_table(constant: str, default: str) -> bool:
+    """Whether TRAIN_CSV or TEST_CSV is a file. Only the default one may be missing."""
+    name = getattr(config, constant)
+    if not is_file(name) and name not in (None, f'{config.INPUT}/{default}'):
+        raise config.UserMistake(f'{constant}={name}: no such file: correct it, or set None')
+    return is_file(name)
+
+
 def first_few(names: list, count: int = 5) -> str:
     """The first names, and how many more there are."""
     more = f' and {len(names) - count} more' if len(names) > count else ''

@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 import command_line
 import config
+import files
 import images
 import masks
-from files import first_few, is_file, list_files, markdown, read_table, tell_others, write_table
+from files import first_few, is_file, list_files, markdown, read_table, write_table
 
 MASKS_DECODED = 500  # at most this many masks are decoded here; the first epoch decodes all
 
@@ -43,9 +44,7 @@ def main() -> None:
 
 def image_names() -> list[str]:
     """Names (see files.name_of) of the training images: from TRAIN_CSV or the folder."""
-    table = is_file(config.TRAIN_CSV)
-    if not table and config.TRAIN_CSV not in (None, f'{config.INPUT}/train_masks.csv'):
-        raise config.UserMistake(f'TRAIN_CSV={config.TRAIN_CSV}: no such file')
+    table = files.is_table('TRAIN_CSV', 'train_masks.csv')
     source = config.TRAIN_CSV if table else config.path(config.TRAIN_PATH)
     names = [name for name, _ in masks.table_rows()] if table else [*list_files('TRAIN_PATH')[0]]
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -68,7 +67,7 @@ def check_pairs(names: list[str], pairs: list[tuple]) -> None:
     if not is_file(config.TRAIN_CSV):
         found = {constant: list_files(constant) for constant in ('TRAIN_PATH', 'MASK_PATH')}
         for constant, (_, others) in found.items():
-            tell_others(constant, others, 'left out')
+            files.tell_others(constant, others, 'left out')
         unpaired = sorted(set(found['MASK_PATH'][0]) - set(found['TRAIN_PATH'][0]))
         if unpaired:
             raise config.UserMistake(
@@ -129,8 +128,8 @@ def decode_masks(names: list[str], pairs: list[tuple]) -> dict[str, tuple]:
     seen = set().union(*held.values())
     if len(seen - {ignored}) < 2 and (step == 1 or ignored in seen):
         raise config.UserMistake(
-            f'MASK_PATH={config.MASK_PATH}: all masks have only values {first_few(sorted(seen))}; '
-            f'with IGNORE_INDEX={config.IGNORE_INDEX} nothing is left to learn: change one of them'
+            f'MASK_PATH={config.MASK_PATH}: all masks hold {first_few(sorted(seen))} alone, so there is '
+            f'nothing to learn: check MASK_PATH and IGNORE_INDEX={config.IGNORE_INDEX}'
         )
     return {name: tuple(v for v in values if v != ignored) for name, values in held.items()}
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 import config
 
@@ -40,7 +40,9 @@ def unreadable(file, error) -> config.UserMistake:
     """The mistake to raise for a file that cannot be decoded."""
     if isinstance(error, FileNotFoundError):
         return config.UserMistake(f'{file}: no such file')
-    reason = 'it is empty' if Path(file).stat().st_size == 0 else ' '.join(str(error).split())
+    reason = 'it is empty' if Path(file).stat().st_size == 0 else config.shorten(error)
+    if isinstance(error, UnidentifiedImageError):
+        reason = reason if reason == 'it is empty' else 'its format is unknown'
     return config.UserMistake(f'{file}: not a readable image ({reason}): replace or remove it')
 
 
@@ -99,8 +101,8 @@ def check_bits(file, image: Image.Image) -> None:
     """Raise config.UserMistake for pixels that do not fit into 8 bits per channel."""
     if image.mode not in PLAIN_MODES or white(image) > 255:
         raise config.UserMistake(
-            f'{file}: {image.mode} pixels, or more than 8 bits per channel: convert it to 8-bit '
-            'RGB or grey, scaled to the range of values that matters'
+            f'{file}: more than 8 bits per channel ({image.mode}): convert it to 8-bit RGB or grey, '
+            'scaled to the range of values that matters'
         )
 
 
@@ -191,17 +193,18 @@ def sizes_of(image_files) -> list[tuple[int, int]]:
 
 
 def random_crop(image, mask, size: tuple[int, int], rng, ignored: int | None) -> tuple:
-    """A crop of an image (H, W, C) and its mask (H, W), copied; reflected where they are smaller.
+    """A copy of a random crop of an image (H, W, C) and its mask (H, W), padded by reflection.
 
-    Its middle is a random pixel: of an object for a third of the crops, as in nnU-Net (Isensee et al.
-    2021), and any pixel for the others. Near a border the crop is moved inside.
+    A third of the crops are centred on a pixel of an object, or as near to it as the border allows,
+    as in nnU-Net (Isensee et al. 2021).
     """
-    middle = rng.integers(mask.shape)
+    place = [rng.integers(max(0, side - length) + 1) for side, length in zip(mask.shape, size)]
     if rng.random() < 1 / 3:
         objects = np.argwhere((mask > 0) & (mask != (0 if ignored is None else ignored)))
-        middle = rng.choice(objects) if len(objects) else middle
-    starts = np.clip(middle - np.array(size) // 2, 0, np.maximum(0, np.array(mask.shape) - size))
-    rows, columns = (slice(start, start + length) for start, length in zip(starts, size))
+        if len(objects):
+            middle = objects[rng.integers(len(objects))] - np.array(size) // 2
+            place = np.clip(middle, 0, np.maximum(0, np.array(mask.shape) - size))
+    rows, columns = (slice(start, start + length) for start, length in zip(place, size))
     cut = image[rows, columns], mask[rows, columns]
     bottom, right = np.array(size) - cut[1].shape
     pads = 0, bottom, 0, right, cv2.BORDER_REFLECT_101

@@ -38,7 +38,7 @@ def files_of(names) -> list[tuple[Path, Path | Runs]]:
     try:
         mask_files = list_files('MASK_PATH')[0]
     except NothingFound as nothing:
-        reason = f'{nothing}; '
+        reason = str(nothing)
     if not set(names) <= set(mask_files):
         runs = dict.fromkeys(names, '' if config.EMPTY_IF_NO_MASK else None)
         rows = table_rows() if is_file(config.TRAIN_CSV) else []
@@ -47,15 +47,17 @@ def files_of(names) -> list[tuple[Path, Path | Runs]]:
         mask_files = {name: Runs(image_files[name], runs[name]) for name in known} | mask_files
     for files, constant, remedy in (
         (image_files, 'TRAIN_PATH', 'put them back, or drop them from TRAIN_CSV and run folds.py'),
-        (mask_files, 'MASK_PATH', 'set MASK_SUFFIX or MASK_PREFIX to match the mask names, move '
-         'the images away, or set EMPTY_IF_NO_MASK=True'),
+        (mask_files, 'MASK_PATH', 'without IMAGE_PREFIX and IMAGE_SUFFIX, MASK_PREFIX and MASK_SUFFIX '
+         'both names must be the same: set these, or EMPTY_IF_NO_MASK=True'),
     ):  # fmt: skip
         missing = [name for name in names if name not in files]
         if missing:
             what = 'image' if constant == 'TRAIN_PATH' else 'mask'
             raise config.UserMistake(
-                f'{reason}{len(missing)} images have no {what} file in {constant}: '
-                f'{first_few(missing)}: {remedy}'
+                reason
+                if reason and what == 'mask'
+                else f'{len(missing)} images have no {what} file in '
+                f'{constant}: {first_few(missing)}: {remedy}'
             )
     pairs = [(image_files[name], mask_files[name]) for name in names]
     if any(image == mask for image, mask in pairs):
@@ -112,9 +114,9 @@ def read_with_palette(file, classes, ignore_index, colours, size=None) -> tuple[
         wrong = sorted(present if classes <= 2 else present - legal[0])
         takes = '0 and 1, or 0 and 255' if classes <= 2 else f'0 to {classes - 1}'
         raise config.UserMistake(
-            f'{file}: mask values {first_few(wrong, 8)}; CLASSES={classes} allows {takes}, and '
-            f'IGNORE_INDEX={ignore_index}: change these constants, or make the mask again if it '
-            'was resized with interpolation or saved as JPEG'
+            f'{file}: mask values {first_few(wrong, 8)}; CLASSES={classes} allows {takes}: set CLASSES '
+            f'for more classes, IGNORE_INDEX (now {ignore_index}) for a value to leave out. Or make '
+            'the mask again if it was resized with interpolation or saved as JPEG. Or check MASK_PATH'
         )
     mask = (values > 0 if classes <= 2 else values).astype(np.uint8)
     if ignore_index is not None:

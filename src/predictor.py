@@ -35,13 +35,13 @@ def list_test_files() -> list[Path]:
     Raises:
         config.UserMistake: for an image that cannot be read.
     """
-    try:
-        found, others = files.list_files('TEST_PATH')
-    except files.NothingFound as nothing:
-        runtime.print_once(f'{nothing}; nothing to predict')
+    folder = config.TEST_PATH
+    if not files.walk(config.path(folder)):
+        runtime.print_once(f'nothing to predict: TEST_PATH={folder} does not exist, or it is empty')
         return []
-    folder, names = config.TEST_PATH, list(found)
-    if files.is_file(config.TEST_CSV):
+    found, others = files.list_files('TEST_PATH')
+    names = list(found)
+    if files.is_table('TEST_CSV', 'sample_submission.csv'):
         table = files.read_table(config.path(config.TEST_CSV), ['img'], 'fix or remove it')
         cells = table.img.drop_duplicates()
         asked = [files.name_in_table(cell, 'TEST_PATH') for cell in cells]

@@ -54,7 +54,9 @@ def trainer(**arguments) -> pl.Trainer:
         return pl.Trainer(**{**hardware, **arguments})
     except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
         shown = ', '.join(f'{name}={getattr(config, name)!r}' for name in names)
-        raise config.UserMistake(f'{shown}: {config.shorten(error, 300)}') from None
+        raise config.UserMistake(
+            f'{shown}: {config.shorten(error, 300)}: set what is there'
+        ) from None
 
 
 def quiet_trainer(**arguments) -> pl.Trainer:
@@ -73,6 +75,9 @@ def hide_warnings() -> None:
     for name in ('pytorch_lightning', 'lightning', 'lightning_fabric'):
         for logger in (name, f'{name}.utilities.rank_zero', f'{name}.accelerators.cuda'):
             logging.getLogger(logger).setLevel(logging.WARNING)
+    logging.getLogger('huggingface_hub').setLevel(
+        logging.ERROR
+    )  # its retries; ours says what failed
     for message in (
         r'.*does not have many workers.*',
         r".*Consider setting `?persistent_workers=True`? in '.*_dataloader'.*",

@@ -1,6 +1,7 @@
 """Look at the data: a picture of the model's input (a script, not a unit test).
 
-Reads   TRAIN_FOLDS, TRAIN_PATH, MASK_PATH (IMAGE_SUFFIX, MASK_SUFFIX), at CROP_SIZE (CHANNELS).
+Reads   TRAIN_FOLDS, TRAIN_PATH, MASK_PATH (IMAGE_PREFIX, IMAGE_SUFFIX, MASK_PREFIX, MASK_SUFFIX,
+        MASK_COLOURS), at CROP_SIZE and SCALE (CHANNELS).
 Writes  OUTPUT/test_dataset.png: images of the first fold in FOLDS, only resized, without and with
         the mask (CLASSES, IGNORE_INDEX) drawn over them. Below: the same images with AUGMENTATION,
         in four epochs.

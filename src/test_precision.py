@@ -13,12 +13,16 @@ emulated: slow, but with the same rounding. If the hardware cannot run a row, it
     python test_precision.py
     python test_precision.py --steps 500 --seeds 3      longer; val_dice is the mean over the seeds
     python test_precision.py CROP_SIZE=1024 TRAIN_BATCH_SIZE=8 CACHE=True
+    python test_precision.py --row 32          one row, as JSON; no files
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
+
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # as in Lightning_trainer.py
 
 import pandas as pd
 import pytorch_lightning as pl

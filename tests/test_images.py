@@ -183,7 +183,7 @@ def test_the_values_that_do_not_fit_are_the_ones_shown(tmp_path):
         tmp_path, Image.fromarray(np.uint8([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 255]])), 'm.png'
     )
     with pytest.raises(
-        config.UserMistake, match='mask values 255; .*0 to 9, and IGNORE_INDEX=None'
+        config.UserMistake, match='mask values 255; .*0 to 9: .* IGNORE_INDEX .now None'
     ):
         masks.read_mask(file, classes=10)
 
@@ -274,3 +274,9 @@ def test_rle_decode_of_an_empty_cell_and_of_nonsense():
     for wrong in ('1', '0 1', '4 2', '1 2 2 1', '1 0', '3 1 1 1'):
         with pytest.raises(ValueError):
             masks.rle_decode(wrong, (2, 2))
+
+
+def test_a_text_by_the_name_of_an_image_is_told_in_plain_words(tmp_path):
+    (tmp_path / 'a.png').write_text('some text')
+    with pytest.raises(config.UserMistake, match='a.png: .*its format is unknown'):
+        images.header(tmp_path / 'a.png')

@@ -115,7 +115,7 @@ def test_sixteen_bits_per_colour_are_refused(tmp_path, ending):
     file = str(tmp_path / f'a{ending}')
     cv2.imwrite(file, np.full((4, 5, 3), 1000, np.uint16))
     for read in (images.read_image, lambda f: images.header(f, images.check_bits)):
-        with pytest.raises(config.UserMistake, match=rf'a\{ending}: .* more than 8 bits'):
+        with pytest.raises(config.UserMistake, match=rf'a\{ending}: more than 8 bits'):
             read(file)
 
 
