@@ -165,6 +165,13 @@ def name_in_table(cell: str, constant: str) -> str:
     return name_of(cell, constant) or cell
 
 
+def train_rows() -> list[tuple[str, str | None]]:
+    """(name, run lengths or None) of the rows of TRAIN_CSV."""
+    table = read_table(config.path(config.TRAIN_CSV), ['img'], 'fix or remove it')
+    names = [name_in_table(cell, 'TRAIN_PATH') for cell in table.img]
+    return list(zip(names, table.get('rle_mask', [None] * len(names))))
+
+
 def walk(folder: Path) -> list[str]:
     """Relative paths of all files in a folder, except hidden ones and the project's folders."""
     found, seen, names = [], set(), (*NAMING, 'OUTPUT', 'LOGS_PATH')

@@ -46,7 +46,7 @@ def image_names() -> list[str]:
     """Names (see files.name_of) of the training images: from TRAIN_CSV or the folder."""
     table = files.is_table('TRAIN_CSV', 'train_masks.csv')
     source = config.TRAIN_CSV if table else config.path(config.TRAIN_PATH)
-    names = [name for name, _ in masks.table_rows()] if table else [*list_files('TRAIN_PATH')[0]]
+    names = [name for name, _ in files.train_rows()] if table else [*list_files('TRAIN_PATH')[0]]
     twice = [name for name, count in Counter(names).items() if count > 1]
     for wrong, what in (
         (not names, 'no image in it'),

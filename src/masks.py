@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 import config
 import images
-from files import NothingFound, first_few, is_file, list_files, name_in_table, read_table
+from files import NothingFound, first_few, is_file, list_files, train_rows
 
 LOSSY = ('JPEG', 'MPO')  # formats that blur a mask's values
 RULE = 'CLASSES', 'IGNORE_INDEX', 'MASK_COLOURS'  # the constants that are arguments of read_mask
@@ -20,13 +20,6 @@ class Runs(NamedTuple):
 
     image: Path
     text: str
-
-
-def table_rows() -> list[tuple[str, str | None]]:
-    """(name, run lengths or None) of the rows of TRAIN_CSV."""
-    table = read_table(config.path(config.TRAIN_CSV), ['img'], 'fix or remove it')
-    names = [name_in_table(cell, 'TRAIN_PATH') for cell in table.img]
-    return list(zip(names, table.get('rle_mask', [None] * len(names))))
 
 
 def files_of(names) -> list[tuple[Path, Path | Runs]]:
@@ -41,7 +34,7 @@ def files_of(names) -> list[tuple[Path, Path | Runs]]:
         reason = str(nothing)
     if not set(names) <= set(mask_files):
         runs = dict.fromkeys(names, '' if config.EMPTY_IF_NO_MASK else None)
-        rows = table_rows() if is_file(config.TRAIN_CSV) else []
+        rows = train_rows() if is_file(config.TRAIN_CSV) else []
         runs |= {name: text for name, text in rows if text is not None}
         known = [name for name, text in runs.items() if text is not None and name in image_files]
         mask_files = {name: Runs(image_files[name], runs[name]) for name in known} | mask_files
@@ -103,10 +96,16 @@ def read_with_palette(file, classes, ignore_index, colours, size=None) -> tuple[
         return images.nearest(values, size), {}
     palette = {}
     with images.opened(file) as image:
+        white = images.white(image)
+        if white > 255 and (colours or image.mode in ('RGB', 'RGBA', 'LA')):
+            raise config.UserMistake(f'{file}: colours of 16 bits: save it in 8 bits per channel')
+        ImageOps.exif_transpose(image, in_place=True)
         if colours:
             values = values_of_colours(file, image, colours, ignore_index, size)
+        elif image.format in LOSSY:
+            values = images.nearest(lossy_values(file, image, classes), size)
         else:
-            values, palette = stored_values(file, image, classes, ignore_index, size)
+            values, palette = stored_values(file, image, white, classes, ignore_index, size)
     present = {value for value in images.values_in(values) if value != ignore_index}
     tops = (1, 255, 65535) if classes <= 2 else ()
     legal = [{0, top} for top in tops] or [set(range(classes))]
@@ -129,37 +128,43 @@ def ignored_value(ignore_index: int | None) -> int | None:
     return ignore_index if ignore_index is None or 0 <= ignore_index <= 255 else 255
 
 
-def stored_values(file, image: Image.Image, classes: int, ignore_index, size) -> tuple:
-    """The values (height, width) that a mask holds, and value -> colour of palette indices."""
-    form, white = image.format, images.white(image)
+def lossy_values(file, image: Image.Image, classes: int) -> np.ndarray:
+    """0 and 1 (height, width) from a mask in a format that blurs values, such as JPEG."""
+    channels = np.array(image.convert('RGB'))
+    values = channels[..., 0]
+    between = cv2.calcHist([values], [0], None, [256], [0, 256])[64:192].sum() / values.size
+    one_end, coloured = 1 < values.max() < 192, np.ptp(channels, 2).max() > 96
+    if classes > 2 or between > 0.02 or one_end or coloured:
+        raise config.UserMistake(
+            f'{file}: {image.format} blurs masks. It works only if CLASSES=1 and values are near 0 or '
+            f'255, but {between:.0%} lie from 64 to 191, and the largest is {values.max()}: '
+            'save masks as PNG'
+        )
+    return (values >= 128).view(np.uint8)
+
+
+def without_alpha(file, image: Image.Image) -> Image.Image:
+    """The colours of an image, or its alpha channel if that alone has the mask."""
+    if image.mode not in ('LA', 'PA', 'RGBA'):
+        return image
+    *visible, (lowest, _) = image.convert('RGBA').getextrema()
+    constant, alpha = all(low == high for low, high in visible), image.getchannel('A')
+    shown, grey = np.array(alpha) > 127, np.array(image.convert('RGB').convert('L')) > 0
+    if not constant and not shown.all() and not np.array_equal(shown, grey):
+        raise config.UserMistake(
+            f'{file}: its colours and its alpha channel are different masks: save only one'
+        )
+    return alpha if constant and lowest < 255 else image.convert('RGB')
+
+
+def stored_values(file, image: Image.Image, white: int, classes, ignore_index, size) -> tuple:
+    """The values (height, width) of a mask, and value -> colour of a palette. `white`: images.white."""
+    form = image.format
     signed = form == 'TIFF' and image.tag_v2.get(339) == (2,)  # SampleFormat
-    ImageOps.exif_transpose(image, in_place=True)
     palette = np.array(image.getpalette('RGB') or [], np.uint8).reshape(-1, 3)
-    if image.mode in ('LA', 'PA', 'RGBA'):
-        *visible, (lowest, _) = image.convert('RGBA').getextrema()
-        constant, alpha = all(low == high for low, high in visible), image.getchannel('A')
-        shown, grey = np.array(alpha) > 127, np.array(image.convert('RGB').convert('L')) > 0
-        if not constant and not shown.all() and not np.array_equal(shown, grey):
-            raise config.UserMistake(
-                f'{file}: its colours and its alpha channel are different masks: save only one'
-            )
-        image = alpha if constant and lowest < 255 else image.convert('RGB')
+    image = without_alpha(file, image)
     if image.mode not in ('1', 'L', 'P', 'RGB', 'I', 'F'):
         image = image.convert('I' if image.mode.startswith('I;16') else 'RGB')
-    if image.mode == 'RGB' and white > 255:
-        raise config.UserMistake(f'{file}: colours of 16 bits: save it in 8 bits per channel')
-    if form in LOSSY:
-        channels = np.array(image.convert('RGB'))
-        values = channels[..., 0]
-        between = cv2.calcHist([values], [0], None, [256], [0, 256])[64:192].sum() / values.size
-        one_end, coloured = 1 < values.max() < 192, np.ptp(channels, 2).max() > 96
-        if classes > 2 or between > 0.02 or one_end or coloured:
-            raise config.UserMistake(
-                f'{file}: {form} blurs masks. It works only if CLASSES=1 and values are near 0 or '
-                f'255, but {between:.0%} lie from 64 to 191, and the largest is {values.max()}: '
-                'save masks as PNG'
-            )
-        return images.nearest((values >= 128).view(np.uint8), size), {}
     values = images.nearest(np.array(image), size)  # resize first: the rest is then faster
     if image.mode == 'P':
         return palette_values(values, palette, classes, ignore_index, form)
@@ -212,9 +217,6 @@ def palette_values(values, palette, classes: int, ignore_index, form) -> tuple[n
 
 def values_of_colours(file, image: Image.Image, colours, ignore_index, size) -> np.ndarray:
     """Class indices (height, width), int32, from colours, one per class."""
-    if images.white(image) > 255:
-        raise config.UserMistake(f'{file}: colours of 16 bits: save it in 8 bits per channel')
-    ImageOps.exif_transpose(image, in_place=True)
     channels = images.nearest(np.array(image.convert('RGB')), size).astype(np.int32)
     codes = channels @ [65536, 256, 1]
     values = np.full(codes.shape, -1, np.int32)
