@@ -51,7 +51,7 @@ def main() -> None:
     files.check_writable(output)
     busy = f'another tester is running in {output}: wait, or set another OUTPUT'
     with files.file_lock(output / '.test.lock', busy) if not rank_zero_only.rank else nullcontext():
-        test_files = predictor.list_test_files()
+        test_files = predictor.list_test_files(next(iter(models.values())))
         threshold = score_out_of_fold(models)
         predict_test(models, threshold, test_files)
         if rank_zero_only.rank == 0:

@@ -98,7 +98,7 @@ def check_pairs(names: list[str], pairs: list[tuple]) -> None:
             f'{len(differ)} images and their masks differ in size: {first_few(differ)}: resize the '
             'masks with nearest-neighbour interpolation'
         )
-    images.tell_wide(headers)
+    images.tell_wide(headers, config.crop_size()[1], config.SCALE)
     if lossy:
         print(f'{lossy} masks are JPEG files, which is lossy: 128 and above is foreground')
     if turned:

@@ -121,13 +121,13 @@ def header(file, check=lambda file, image: None) -> Header:
         return Header(size, turned, image.format)
 
 
-def tell_wide(headers: list[Header]) -> None:
+def tell_wide(headers: list[Header], width: int, scale: float | None) -> None:
     """Print one line if images are much wider than the model's input."""
-    wide = sum(header.size[1] > 4 * config.crop_size()[1] for header in headers)
-    if wide and config.SCALE is None:
+    wide = sum(header.size[1] > 4 * width for header in headers)
+    if wide and scale is None:
         print(
-            f'{wide} images are more than four times as wide as CROP_SIZE={config.CROP_SIZE}: small '
-            'objects may vanish when resized; SCALE=1.0 avoids this'
+            f'{wide} images are more than four times as wide as the {width} pixels of CROP_SIZE: small '
+            'objects may vanish when resized; training with SCALE=1.0 avoids this'
         )
 
 

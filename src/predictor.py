@@ -29,8 +29,8 @@ import metrics
 import runtime
 
 
-def list_test_files() -> list[Path]:
-    """The images to predict: those of TEST_CSV, in its order, if it exists; else all of TEST_PATH.
+def list_test_files(model) -> list[Path]:
+    """The images that a CarvanaModel is to predict: those of TEST_CSV, in its order, or of TEST_PATH.
 
     Raises:
         config.UserMistake: for an image that cannot be read.
@@ -58,7 +58,7 @@ def list_test_files() -> list[Path]:
     checked = tqdm(paths, 'checking headers', disable=None, leave=False)
     headers = [images.header(file, images.check_bits) for file in checked]
     if rank_zero_only.rank == 0:
-        images.tell_wide(headers)
+        images.tell_wide(headers, model.input_size[1], model.hparams.SCALE)
         files.tell_others('TEST_PATH', others, 'not predicted')
     return paths
 
@@ -116,9 +116,12 @@ class Predictor(pl.LightningModule):
 
     def probabilities(self, x: torch.Tensor) -> torch.Tensor:
         """Mean probabilities, float32 (N, classes, H, W), of 8-bit images (N, channels, H, W)."""
-        flips = [(), (-1,)] if self.tta else [()]
-        parts = (metrics.activate(m.predict(x.flip(f))).flip(f) for m in self.models for f in flips)
-        return sum(parts) / (len(self.models) * len(flips))
+        mean = 0
+        for model in self.models:
+            mean += metrics.activate(model.predict(x))  # in place: a scan's are large
+            if self.tta:
+                mean += metrics.activate(model.predict(x.flip(-1))).flip(-1)
+        return mean.div_(len(self.models) * (1 + self.tta))
 
     def predict_step(self, batch: dict, batch_index: int) -> list[np.ndarray]:
         """Per image of a batch of ImageBatches: class indices, uint8 (height, width); if the batch

@@ -19,6 +19,7 @@ import Lightning_tester
 import masks
 import predictor
 
+MODEL = model_of((32, 32, 3))
 MASK = np.zeros((20, 30), np.uint8)
 MASK[2:9, 3:15] = 1
 RED, BLACK, BLUE = (255, 0, 0), (0, 0, 0), (0, 0, 255)
@@ -314,7 +315,7 @@ def test_one_listing_for_all_folders(own, capsys):
         found, others = files.list_files(constant)
         assert {name: file.name for name, file in found.items()} == expected
         assert others == ['c.jpg']
-    assert [file.name for file in predictor.list_test_files()] == ['a.png', 'b.PNG', 'd.png']
+    assert [file.name for file in predictor.list_test_files(MODEL)] == ['a.png', 'b.PNG', 'd.png']
     assert '1 other images in ' in (told := capsys.readouterr().out)
     assert '(.jpg) are not predicted: see TEST_SUFFIX' in told
 
@@ -323,10 +324,10 @@ def test_a_name_that_only_begins_like_a_mask_is_an_image(own):
     for name in ('a', 'a_mid', 'a_mask', 'a_mask_1'):
         own(name, folder='test', mask=None)
     config.MASK_SUFFIX = '_m.png'
-    assert [file.name for file in predictor.list_test_files()] == [
+    assert [file.name for file in predictor.list_test_files(MODEL)] == [
         'a.png', 'a_mask.png', 'a_mask_1.png', 'a_mid.png']  # fmt: skip
     config.MASK_SUFFIX = '_mask.png'
-    assert [file.name for file in predictor.list_test_files()] == ['a.png', 'a_mid.png']
+    assert [file.name for file in predictor.list_test_files(MODEL)] == ['a.png', 'a_mid.png']
 
 
 def test_a_link_that_leads_back_adds_nothing_and_a_picture_is_not_its_own_mask(own):
@@ -397,7 +398,7 @@ def test_test_files_have_names_of_their_own_and_are_told_apart(own):
     for patient in ('p0', 'p1'):
         own(f'{patient}/1_test.tif', folder='test', mask=None)
     config.TEST_SUFFIX = '_test.tif'
-    test_files = predictor.list_test_files()
+    test_files = predictor.list_test_files(MODEL)
     batch = predictor.ImageBatches(test_files, model_of((32, 32, 3)))[0]
     assert batch['img'] == ['p0/1_test.tif', 'p1/1_test.tif']
 

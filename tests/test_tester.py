@@ -29,7 +29,8 @@ def model(tmp_path):
 
 def predict(models, threshold=0.5):
     config.PATH = __file__  # stands for the checkpoint
-    Lightning_tester.predict_test(models, threshold, predictor.list_test_files())
+    test_files = predictor.list_test_files(next(iter(models.values())))
+    Lightning_tester.predict_test(models, threshold, test_files)
 
 
 def submission(model):

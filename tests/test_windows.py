@@ -135,10 +135,11 @@ def test_a_training_on_crops_and_its_scores_at_the_images_own_size(discs, capsys
     assert f'epochs of {-(-crops // 2)} batches' in told
     for number in range(3):
         (discs / 'test').mkdir(exist_ok=True)
-        draw_discs(discs / 'test', number + 50, (300, 200), 30)
+        draw_discs(discs / 'test', number + 50, (200, 300), 30)
     config.TEST_PATH, config.TTA = str(discs / 'test/img'), True
     config.SCALE = None  # the tester goes by what the model was trained with
     Lightning_tester.main()
+    assert 'four times as wide' not in capsys.readouterr().out
     assert pd.read_csv(discs / 'output/oof.csv').dice.mean() > 0.9
     submission = pd.read_csv(discs / 'output/submission.csv')
     for row in submission.itertuples():
@@ -150,4 +151,4 @@ def test_a_training_on_crops_and_its_scores_at_the_images_own_size(discs, capsys
 def test_images_much_wider_than_the_model_is_fed_are_told(discs, capsys):
     config.SCALE, config.CROP_SIZE = None, (32, 32)
     folds.main()
-    assert '6 images are more than four times as wide as CROP_SIZE' in capsys.readouterr().out
+    assert '6 images are more than four times as wide as the 32 pixels' in capsys.readouterr().out
