@@ -108,8 +108,9 @@ def read_cached(folder: Path, *pair) -> tuple[np.ndarray, np.ndarray]:
                     np.save(opened, pixels)
             except OSError as error:
                 raise config.UserMistake(f'{error}: free disk space, or set CACHE=False') from None
-    # Mapped into memory that all workers and folds share; 'c': changes stay in this process.
-    return tuple(np.asarray(np.load(file, mmap_mode='c')) for file in saved)
+    # Of a large image a crop reads only its own part, as it is mapped. Small ones are read faster whole.
+    modes = ('c' if file.stat().st_size > 2**24 else None for file in saved)
+    return tuple(np.asarray(np.load(file, mmap_mode=mode)) for file, mode in zip(saved, modes))
 
 
 class CarvanaDataset(Dataset):

@@ -215,6 +215,17 @@ def test_augmenting_does_not_change_the_cache(prepared):
     assert torch.equal(plain[0]['mask'], before['mask'])
 
 
+def test_a_large_image_is_mapped_and_stays_as_it_is(prepared):
+    data = CarvanaDataset([0], train=False)
+    pair = (config.path(config.OUTPUT) / 'cache', *data.files[0], (2400, 2400), *data.settings)
+    dataset.read_cached(*pair)
+    image, mask = dataset.read_cached(*pair)  # of 17 MB
+    before = image[:2].copy()
+    image[:] = 7
+    assert np.array_equal(dataset.read_cached(*pair)[0][:2], before)
+    assert not isinstance(image, np.memmap) and mask.any()
+
+
 def test_a_cache_that_was_being_written_is_not_trusted(prepared, monkeypatch):
     def fail(opened, pixels):
         opened.write(b'half')
