@@ -193,15 +193,15 @@ def print_start(fold: int, table: pd.DataFrame, items: int, model, trainer: pl.T
         for what, rows in parts.items()
     )
     batches = math.ceil(items / (config.TRAIN_BATCH_SIZE * trainer.world_size))
-    batches = min(batches, config.LIMIT_BATCHES or batches)
-    steps = math.ceil(batches / config.ACCUMULATE_GRAD_BATCHES)
+    trial = min(batches, config.LIMIT_BATCHES or batches)  # the warning is about all batches
+    steps, trial_steps = (math.ceil(n / config.ACCUMULATE_GRAD_BATCHES) for n in (batches, trial))
     parameters = sum(p.numel() for p in model.model.parameters()) / 1e6
     lines = {
         'fold': f'{fold}: {", ".join(images)}',
         'model': f'{config.MODEL_NAME}, {parameters:.1f} M parameters, encoder weights '
         f'{config.ENCODER_WEIGHTS}, input {tuple(config.INPUT_SHAPE)}',
-        'training': f'{config.LOSS}, {config.EPOCHS} epochs of {batches} batches of '
-        f'{config.TRAIN_BATCH_SIZE} and {steps} optimizer steps',
+        'training': f'{config.LOSS}, {config.EPOCHS} epochs of {trial} batches of '
+        f'{config.TRAIN_BATCH_SIZE} and {trial_steps} optimizer steps',
         'optimizer': f'{config.OPTIMIZER} at {config.LR}, SCHEDULE={config.SCHEDULE}, EMA={config.EMA}',
         'device': f'{runtime.device_name(trainer)}, {config.NUM_WORKERS} workers',
         'precision': ': '.join(runtime.precision()),

@@ -40,9 +40,12 @@ def unreadable(file, error) -> config.UserMistake:
     """The mistake to raise for a file that cannot be decoded."""
     if isinstance(error, FileNotFoundError):
         return config.UserMistake(f'{file}: no such file')
-    reason = 'it is empty' if Path(file).stat().st_size == 0 else config.shorten(error)
-    if isinstance(error, UnidentifiedImageError):
-        reason = reason if reason == 'it is empty' else 'its format is unknown'
+    if Path(file).stat().st_size == 0:
+        reason = 'it is empty'
+    elif isinstance(error, UnidentifiedImageError):
+        reason = 'its format is unknown'
+    else:
+        reason = config.shorten(error)
     return config.UserMistake(f'{file}: not a readable image ({reason}): replace or remove it')
 
 
@@ -90,13 +93,6 @@ def orientation(image: Image.Image) -> int:
     return turned if turned in range(1, 9) else 1
 
 
-def displayed_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) of an opened image as viewers show it."""
-    # Pillow opens a TIFF with its sides already swapped.
-    swapped = orientation(image) >= 5 and image.format != 'TIFF'
-    return image.size if swapped else image.size[::-1]
-
-
 def check_bits(file, image: Image.Image) -> None:
     """Raise config.UserMistake for pixels that do not fit into 8 bits per channel."""
     if image.mode not in PLAIN_MODES or white(image) > 255:
@@ -112,7 +108,10 @@ def header(file, check=lambda file, image: None) -> Header:
         check(file, image)
         if image.format != 'MPO' and getattr(image, 'is_animated', False):
             raise config.UserMistake(f'{file}: it is animated: save one frame of it')
-        turned, size = orientation(image), displayed_size(image)
+        turned = orientation(image)
+        # Pillow opens a TIFF with its sides already swapped.
+        swapped = turned >= 5 and image.format != 'TIFF'
+        size = image.size if swapped else image.size[::-1]
         with Path(file).open('rb') as raw:
             last = LAST_BYTES.get(image.format)
             raw.seek(-len(last or '.'), os.SEEK_END)
@@ -154,7 +153,7 @@ def read_with_size(file, channels: int, size: tuple | None, scale: float | None 
         # OpenCV decodes JPEGs fastest, but fills the missing part of a truncated one with grey.
         complete = data.endswith(LAST_BYTES['JPEG'])
         if complete and image.mode in ('RGB', 'L') and orientation(image) == 1:
-            own_size = displayed_size(image)
+            own_size = image.size[::-1]
             pixels = decode_jpeg(data, channels, own_size, size and scaled(own_size, size, scale))
         else:
             ImageOps.exif_transpose(image, in_place=True)

@@ -27,11 +27,11 @@ def files_of(names) -> list[tuple[Path, Path | Runs]]:
 
     Raises config.UserMistake, with what to do, if one is missing.
     """
-    image_files, mask_files, reason = list_files('TRAIN_PATH')[0], {}, ''
+    image_files, mask_files, nothing = list_files('TRAIN_PATH')[0], {}, None
     try:
         mask_files = list_files('MASK_PATH')[0]
-    except NothingFound as nothing:
-        reason = str(nothing)
+    except NothingFound as mistake:
+        nothing = mistake
     if not set(names) <= set(mask_files):
         runs = dict.fromkeys(names, '' if config.EMPTY_IF_NO_MASK else None)
         rows = train_rows() if is_file(config.TRAIN_CSV) else []
@@ -44,13 +44,13 @@ def files_of(names) -> list[tuple[Path, Path | Runs]]:
          'both names must be the same: set these, or EMPTY_IF_NO_MASK=True'),
     ):  # fmt: skip
         missing = [name for name in names if name not in files]
+        if missing and nothing and files is mask_files:
+            raise nothing
         if missing:
             what = 'image' if constant == 'TRAIN_PATH' else 'mask'
             raise config.UserMistake(
-                reason
-                if reason and what == 'mask'
-                else f'{len(missing)} images have no {what} file in '
-                f'{constant}: {first_few(missing)}: {remedy}'
+                f'{len(missing)} images have no {what} file in {constant}: {first_few(missing)}: '
+                f'{remedy}'
             )
     pairs = [(image_files[name], mask_files[name]) for name in names]
     if any(image == mask for image, mask in pairs):
@@ -97,15 +97,16 @@ def read_with_palette(file, classes, ignore_index, colours, size=None) -> tuple[
     palette = {}
     with images.opened(file) as image:
         white = images.white(image)
-        if white > 255 and (colours or image.mode in ('RGB', 'RGBA', 'LA')):
-            raise config.UserMistake(f'{file}: colours of 16 bits: save it in 8 bits per channel')
         ImageOps.exif_transpose(image, in_place=True)
+        picture = image if colours else without_alpha(file, image)
+        if white > 255 and (colours or not picture.mode.startswith(('I', 'L', 'F'))):
+            raise config.UserMistake(f'{file}: colours of 16 bits: save it in 8 bits per channel')
         if colours:
             values = values_of_colours(file, image, colours, ignore_index, size)
         elif image.format in LOSSY:
             values = images.nearest(lossy_values(file, image, classes), size)
         else:
-            values, palette = stored_values(file, image, white, classes, ignore_index, size)
+            values, palette = stored_values(file, picture, white, classes, ignore_index, size)
     present = {value for value in images.values_in(values) if value != ignore_index}
     tops = (1, 255, 65535) if classes <= 2 else ()
     legal = [{0, top} for top in tops] or [set(range(classes))]
@@ -162,7 +163,6 @@ def stored_values(file, image: Image.Image, white: int, classes, ignore_index, s
     form = image.format
     signed = form == 'TIFF' and image.tag_v2.get(339) == (2,)  # SampleFormat
     palette = np.array(image.getpalette('RGB') or [], np.uint8).reshape(-1, 3)
-    image = without_alpha(file, image)
     if image.mode not in ('1', 'L', 'P', 'RGB', 'I', 'F'):
         image = image.convert('I' if image.mode.startswith('I;16') else 'RGB')
     values = images.nearest(np.array(image), size)  # resize first: the rest is then faster

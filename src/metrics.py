@@ -37,8 +37,9 @@ def predict_windows(model, x: torch.Tensor, size: tuple[int, int], batch_size: i
     if own == size:
         return model(x)
     for side, length in zip(own, size):
-        pads = length // 8, max(length // 8, length - length // 8 - side)
-        pixels = np.pad(np.arange(side), pads, 'reflect' if side > 1 else 'edge')
+        extra = length // 8
+        widths = extra, max(extra, length - extra - side)
+        pixels = np.pad(np.arange(side), widths, 'reflect' if side > 1 else 'edge')
         weight = torch.hann_window(length + 2, periodic=False, device=x.device)[1:-1]
         axes.append(
             (torch.from_numpy(pixels).to(x.device), window_slices(len(pixels), length), weight)

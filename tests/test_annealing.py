@@ -1,6 +1,7 @@
 """Schedule, optimizer, average, clipping and stopping, in whole trainings of seconds."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -326,3 +327,20 @@ def test_constants_are_checked_before_anything_is_read():
         command_line.override([word])
         with pytest.raises(config.UserMistake, match=word.partition('=')[0]):
             command_line.check()
+
+
+def test_a_trial_shows_its_own_batches_and_warns_by_those_of_the_whole_training(capsys):
+    command_line.override(['LIMIT_BATCHES=2', 'ACCUMULATE_GRAD_BATCHES=2', 'TRAIN_BATCH_SIZE=4'])
+    table = pd.DataFrame({'img': ['a', 'b'], 'kfold': [0, 1], 'group': ['a', 'b']})
+    model = SimpleNamespace(model=torch.nn.Linear(1, 1))
+    trainer = SimpleNamespace(
+        world_size=1,
+        strategy=SimpleNamespace(root_device=torch.device('cpu')),
+        logger=SimpleNamespace(log_dir='logs'),
+    )
+    config.LOSS = 'CE'
+    for items, warns in ((4 * 24, False), (4 * 6, True)):
+        Lightning_trainer.print_start(0, table, items, model, trainer)
+        told = capsys.readouterr().out
+        assert 'epochs of 2 batches of 4 and 1 optimizer steps' in told
+        assert ('only 3 optimizer steps per epoch' in told) == warns == ('warning' in told)

@@ -120,6 +120,19 @@ def test_sixteen_bits_per_colour_are_refused(tmp_path, ending):
             read(file)
 
 
+def test_a_mask_in_the_alpha_channel_may_have_sixteen_bits(tmp_path):
+    pixels = np.full((4, 6, 4), 65535, np.uint16)
+    pixels[..., 3] = 0
+    pixels[1:3, 1:4, 3] = 65535
+    cv2.imwrite(str(tmp_path / 'a.png'), pixels)
+    assert np.array_equal(masks.read_mask(tmp_path / 'a.png'), pixels[..., 3] > 0)
+    pixels[0, 0, :3] = 0  # colours of 16 bits
+    pixels[..., 3] = 65535
+    cv2.imwrite(str(tmp_path / 'a.png'), pixels)
+    with pytest.raises(config.UserMistake, match='a.png: colours of 16 bits'):
+        masks.read_mask(tmp_path / 'a.png')
+
+
 @pytest.mark.parametrize(('bits', 'top'), [(2, 3), (4, 15), (8, 20)])
 def test_the_files_own_values_of_few_bits(tmp_path, bits, top):
     values = (np.arange(600) % (top + 1)).reshape(20, 30).astype(np.uint8)
