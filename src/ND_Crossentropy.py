@@ -22,37 +22,82 @@ LOSSES = {}  # name -> builder(classes=1, **args) of a new loss; filled by @loss
 
 
 class Pixels:
-    """The input of a formula: N images of P pixels, with K = max(2, C) classes."""
+    """The input of a formula: N images of P pixels and C channels. Each part is computed when a
+    formula first asks for it.
+
+    logits: float32 or float64 (N, C, P). valid: bool (N, P), False in ignored pixels.
+    """
 
     def __init__(self, logits, mask, ignore_index):
-        x = (logits if logits.dtype == torch.float64 else logits.float()).flatten(2)
-        self.binary, self.mask_shape = x.shape[1] == 1, mask.shape
-        self.logits = torch.cat([-x, x], 1) if self.binary else x
-        self.log_p = F.logsigmoid(self.logits) if self.binary else x.log_softmax(1)
-        mask = mask.flatten(1).long()
-        self.valid = mask != (torch.nan if ignore_index is None else ignore_index)
-        self.target = mask.masked_fill(~self.valid, 0)
-        # Cross-entropy (N, P), 0 in ignored pixels. nll_loss refuses masks with other values.
-        self.ce = F.nll_loss(self.log_p, self.target, reduction='none').masked_fill(~self.valid, 0)
+        self.logits = (logits if logits.dtype == torch.float64 else logits.float()).flatten(2)
+        self.mask, self.mask_shape, self.ignore_index = mask.flatten(1), mask.shape, ignore_index
+        self.classes = max(2, logits.shape[1])
+        self.binary = logits.shape[1] == 1
+        known = (self.mask >= 0) & (self.mask < self.classes)
+        # It raises without a wait for the device. On a CPU it raises RuntimeError at once.
+        torch._assert_async(
+            (known if ignore_index is None else known | ~self.valid).all(),
+            f'a mask holds a value that is no class from 0 to {self.classes - 1}',
+        )
+
+    @functools.cached_property
+    def valid(self):
+        if self.ignore_index is None:
+            return torch.ones_like(self.mask, dtype=torch.bool)
+        return self.mask != self.ignore_index
+
+    @functools.cached_property
+    def target(self):
+        """Class indices, int64 (N, P); 0 in ignored pixels."""
+        target = self.mask.long()
+        return target if self.ignore_index is None else target.masked_fill(~self.valid, 0)
+
+    @functools.cached_property
+    def log_p(self):
+        """Logarithms of the probabilities (N, C, P); for C = 1, those of the foreground."""
+        return F.logsigmoid(self.logits) if self.binary else self.logits.log_softmax(1)
+
+    @functools.cached_property
+    def ce(self):
+        """Cross-entropy (N, P), 0 in ignored pixels."""
+        if self.binary:
+            x = self.logits[:, 0]
+            ce = -F.logsigmoid(torch.where(self.mask == 1, x, -x))
+        else:
+            ce = F.nll_loss(self.log_p, self.target, reduction='none')
+        return ce if self.ignore_index is None else ce.masked_fill(~self.valid, 0)
 
     @functools.cached_property
     def p(self):
-        """Probabilities (N, K, P)."""
+        """Probabilities (N, C, P); for C = 1, those of the foreground."""
         p = self.log_p.exp()
         if not self.binary:
             # The largest as 1 - sum(others) keeps the gradient of confidently wrong pixels.
             top = torch.zeros_like(p).scatter(1, self.log_p.argmax(1, keepdim=True), 1)
             p = p + top * (1 - p.sum(1, keepdim=True))
-        return p + 1e-20 * (self.logits - self.logits.detach())  # a gradient where p is 0 or 1
+            # A gradient where p is 0 or 1. For C = 1, that of logsigmoid reaches as far.
+            p = p.add(self.logits - self.logits.detach(), alpha=1e-20)
+        return p
 
     @functools.cached_property
     def y(self):
-        """One-hot masks (N, K, P), 0 in ignored pixels."""
-        y = torch.zeros_like(self.log_p).scatter(1, self.target[:, None], 1)
-        return y * self.valid[:, None]
+        """One-hot masks (N, C, P), 0 in ignored pixels; for C = 1, the foreground."""
+        if self.binary:
+            return (self.mask == 1)[:, None].to(self.logits)
+        y = torch.zeros_like(self.logits).scatter(1, self.target[:, None], 1)
+        return y if self.ignore_index is None else y * self.valid[:, None]
 
-    def mean(self, values, weights=1):
-        """Weighted mean (N,) of values (N, P) over the valid pixels of each image."""
+    def sizes(self):
+        """Number of valid pixels of each class (N, max(2, C)): sum(y)."""
+        sizes = self.y.sum(2)
+        if self.binary:
+            sizes = torch.cat([self.valid.sum(1, keepdim=True) - sizes, sizes], 1)
+        return sizes
+
+    def mean(self, values, weights=None):
+        """Mean (N,) of values (N, P), 0 in ignored pixels, over the valid pixels of each image."""
+        if weights is None:
+            return values.sum(1) / self.valid.sum(1).clamp_min(1)
         return (values * weights).sum(1) / (weights * self.valid).sum(1).clamp_min(1e-30)
 
 
@@ -112,7 +157,7 @@ def TopKLoss(pixels, k=10):
 def WeightedCrossEntropyLoss(pixels, weights=None):
     """Cross-entropy with weights [background, class 1, ...], for classes of known frequencies.
     Formula (Ronneberger et al. 2015, arXiv 1505.04597): sum(w_y ce) / sum(w_y)"""
-    w = pixels.log_p.new_tensor(weights or [1] * pixels.log_p.shape[1])
+    w = pixels.logits.new_tensor(weights or [1] * pixels.classes)
     return pixels.mean(pixels.ce, w[pixels.target])
 
 
@@ -120,9 +165,11 @@ def WeightedCrossEntropyLoss(pixels, weights=None):
 def WeightedCrossEntropyLossV2(pixels):
     """Cross-entropy weighted by the prediction. Take it for classes of unknown frequencies.
     Formula (Sudre et al. 2017, arXiv 1707.03237): weighted mean(ce), w = sum(1 - p) / sum(p)"""
+    p = torch.cat([1 - pixels.p, pixels.p], 1) if pixels.binary else pixels.p
     valid = pixels.valid[:, None]
-    own, rest = ((p * valid).sum(2).clamp_min(1e-6) for p in (pixels.p, 1 - pixels.p))
-    return pixels.mean(pixels.ce, (rest / own).gather(1, pixels.target))
+    own, rest = (p * valid).sum(2), ((1 - p) * valid).sum(2)
+    w = rest.clamp_min(1e-6) / own.clamp_min(1e-6)
+    return pixels.mean(pixels.ce, w.gather(1, pixels.target))
 
 
 @loss

@@ -16,14 +16,31 @@ NEED_AN_OBJECT = (
 )  # fmt: skip
 
 
-def soft_counts(pixels, batch_dice, do_bg, background=False, squared=False):
-    """tp, fp, fn, tn, each (N, K), or (1, K) with batch_dice; of p^2 and (1 - p)^2 if squared."""
-    first = 0 if do_bg and (background or not pixels.binary) else 1
+def counted(pixels, do_bg):
+    """p and y (N, K, P) of the classes that count; both are 0 in ignored pixels."""
+    first = 0 if do_bg or pixels.binary else 1
     p, y = pixels.p[:, first:], pixels.y[:, first:]
-    not_y = pixels.valid[:, None].to(y) - y  # 0 in ignored pixels
-    p, not_p = (p**2, (1 - p) ** 2) if squared else (p, 1 - p)
-    counts = [(a * b).sum(2) for a in (p, not_p) for b in (y, not_y)]
-    return [count.sum(0, keepdim=True) for count in counts] if batch_dice else counts
+    if pixels.ignore_index is not None:
+        p = p * pixels.valid[:, None]
+    return p, y
+
+
+def rest(pixels, y):
+    """1 - y, but 0 in ignored pixels."""
+    return pixels.valid[:, None].to(y) - y
+
+
+def total(values, batch_dice):
+    """The sum (N, K) of values (N, K, P) over the pixels; (1, K) over the batch with batch_dice."""
+    sums = values.sum(2)
+    return sums.sum(0, keepdim=True) if batch_dice else sums
+
+
+def soft_counts(pixels, batch_dice, do_bg):
+    """tp, fp, fn, each (N, K), or (1, K) with batch_dice."""
+    p, y = counted(pixels, do_bg)
+    both = p * y
+    return [total(part, batch_dice) for part in (both, p - both, y - both)]
 
 
 def one_minus_index(wrong, right):
@@ -50,7 +67,7 @@ def IoULoss(pixels, smooth=1.0, batch_dice=False, do_bg=True):
 def TverskyLoss(pixels, alpha=0.3, beta=0.7, smooth=1.0, batch_dice=False, do_bg=True):
     """Dice with weights for false and missed pixels. Take beta > alpha if small objects are missed.
     Formula (Salehi et al. 2017, arXiv 1706.05721): 1 - tp / (tp + alpha fp + beta fn)"""
-    tp, fp, fn, _ = soft_counts(pixels, batch_dice, do_bg)
+    tp, fp, fn = soft_counts(pixels, batch_dice, do_bg)
     return one_minus_index(alpha * fp + beta * fn, tp + smooth)
 
 
@@ -76,10 +93,11 @@ def SSLoss(pixels, r=0.1, smooth=1.0, batch_dice=False, do_bg=True):
     """Squared errors inside (sensitivity) and outside objects. A larger r finds more small objects.
     Formula (Brosch et al. 2015, doi 10.1007/978-3-319-24574-4_1), with smooth below the bars alone:
     r sum((1 - p)^2 y) / sum(y) + (1 - r) sum(p^2 (1 - y)) / sum(1 - y)"""
-    tp, fp, fn, tn = soft_counts(pixels, batch_dice, do_bg)
-    _, fp2, fn2, _ = soft_counts(pixels, batch_dice, do_bg, squared=True)
-    inside, outside = ((n + smooth).detach().clamp_min(1e-12) for n in (tp + fn, fp + tn))
-    return r * fn2 / inside + (1 - r) * fp2 / outside
+    p, y = counted(pixels, do_bg)
+    not_y = rest(pixels, y)
+    missed, added = total((1 - p) ** 2 * y, batch_dice), total(p**2 * not_y, batch_dice)
+    inside, outside = total(y, batch_dice) + smooth, total(not_y, batch_dice) + smooth
+    return r * missed / inside.clamp_min(1e-12) + (1 - r) * added / outside.clamp_min(1e-12)
 
 
 @loss
@@ -87,12 +105,18 @@ def GDiceLoss(pixels, smooth=1e-5, batch_dice=False, do_bg=True):
     """Generalised Dice, background included. Take it for classes of unequal size.
     Formula (Sudre et al. 2017, arXiv 1707.03237), with w = 1 / sum(y)^2 and sums over the classes:
     1 - 2 sum(w tp) / sum(w (2 tp + fp + fn))"""
-    tp, fp, fn, _ = soft_counts(pixels, batch_dice, do_bg, background=True)
-    size = (tp + fn).detach()  # sum(y)
+    tp, fp, fn = soft_counts(pixels, batch_dice, do_bg)
+    wrong, size = fp + fn, (tp + fn).detach()  # size = sum(y)
+    if pixels.binary and do_bg:  # the background is wrong where the foreground is
+        p, y = counted(pixels, do_bg)
+        not_y = rest(pixels, y)
+        tp = torch.cat([total((1 - p) * not_y, batch_dice), tp], 1)
+        wrong = torch.cat([wrong, wrong], 1)
+        size = torch.cat([total(not_y, batch_dice), size], 1)
     # w is scaled to at most 1, so that smooth stays small beside it. Absent classes get w = 1.
     smallest = size.masked_fill(size == 0, torch.inf).amin(1, keepdim=True)
     w = (smallest / size.clamp_min(1)).clamp_max(1) ** 2
-    return one_minus_index((w * (fp + fn)).sum(1), 2 * (w * tp).sum(1) + smooth)
+    return one_minus_index((w * wrong).sum(1), 2 * (w * tp).sum(1) + smooth)
 
 
 @loss
@@ -140,9 +164,9 @@ def ExpLog_loss(pixels, gamma=0.3, dice_weight=0.8, smooth=1.0, batch_dice=False
     """Powers of log Dice and of weighted cross-entropy. Take it for classes of very unequal size.
     Formula (Wong et al. 2018, arXiv 1809.00076), with w = sqrt(P / sum(y)) for P pixels:
     dice_weight mean((-ln Dice)^gamma) + (1 - dice_weight) mean(w_y ce^gamma)"""
-    tp, fp, fn, _ = soft_counts(pixels, batch_dice, do_bg)
+    tp, fp, fn = soft_counts(pixels, batch_dice, do_bg)
     log_dice = torch.log1p((fp + fn) / (2 * tp + smooth).clamp_min(1e-12))
-    size = pixels.y.sum(2)
+    size = pixels.sizes()
     w = (size.sum(1, keepdim=True) / size.clamp_min(1)).sqrt().gather(1, pixels.target)
     cross_entropy = pixels.mean(w * safe_pow(pixels.ce, gamma))
     return dice_weight * safe_pow(log_dice, gamma).mean() + (1 - dice_weight) * cross_entropy
@@ -153,7 +177,9 @@ def MCCLoss(pixels, smooth=1e-5, batch_dice=False, do_bg=True):
     """1 - Matthews correlation, for objects of any size. No useful gradient on masks of one class.
     Formula (Abhishek and Hamarneh 2021, arXiv 2010.13454), with smooth added to each count:
     1 - (tp tn - fp fn) / sqrt((tp + fp) (tp + fn) (tn + fp) (tn + fn))"""
-    counts = soft_counts(pixels, batch_dice, do_bg)
+    p, y = counted(pixels, do_bg)
+    true_negative = total((1 - p) * rest(pixels, y), batch_dice)
+    counts = [*soft_counts(pixels, batch_dice, do_bg), true_negative]
     tp, fp, fn, tn = (count + smooth for count in counts)
     product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
     mcc = (tp * tn - fp * fn) / product.clamp_min(1e-30).sqrt()
@@ -164,9 +190,11 @@ def MCCLoss(pixels, smooth=1e-5, batch_dice=False, do_bg=True):
 def LovaszLoss(pixels):
     """Convex surrogate of the IoU: hinge if CLASSES=1, else softmax. Take it for fine-tuning.
     Formula (Berman et al. 2018, arXiv 1705.08790): sum(error times added 1 - IoU), largest first"""
-    y, errors = pixels.y, (pixels.y - pixels.p).abs()
+    y = pixels.y
     if pixels.binary:
-        y, errors = y[:, 1:], torch.relu(1 - pixels.logits * (2 * y - 1))[:, 1:]
+        errors = torch.relu(1 - pixels.logits * (2 * y - 1))
+    else:
+        errors = (y - pixels.p).abs()
     errors, order = errors.masked_fill(~pixels.valid[:, None], 0).sort(2, descending=True)
     y, size = y.gather(2, order), y.sum(2, keepdim=True)
     left, union = size - y.cumsum(2), size + (1 - y).cumsum(2)
