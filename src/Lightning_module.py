@@ -47,7 +47,7 @@ class CarvanaModel(pl.LightningModule):
         )
         self.model.to(memory_format=torch.channels_last)
         if config.COMPILE:  # from config.py, not from the checkpoint
-            self.model.compile()
+            self.model.compile(dynamic=False)  # all batches but an epoch's last have one shape
         for name in {'classes', 'ignore_index'} & self.hparams.LOSS_ARGS.keys():
             raise config.UserMistake(f'LOSS_ARGS: remove {name}; set {name.upper()} instead')
         # The rule for masks.read_mask, and the value of ignored pixels in the masks.
@@ -64,7 +64,7 @@ class CarvanaModel(pl.LightningModule):
             values = 255 * torch.tensor(self.hparams[name]).reshape(1, -1, 1, 1)
             self.register_buffer(name, values, persistent=False)
         self.epochs_done = 0  # of a run that is resumed
-        self.recent_losses = []  # (loss, image names) of the batches not checked yet
+        self.loss_sum = 0.0  # of the losses since the last check; a tensor during training
         self.image_digests = None  # folds.digests of the images it was trained and validated on
 
     @property
@@ -95,17 +95,6 @@ class CarvanaModel(pl.LightningModule):
             when |= {'frequency': self.trainer.num_training_batches, 'monitor': 'val_dice'}
         return [optimizer], [{'scheduler': schedule, 'strict': False, **when}]
 
-    def optimizer_step(self, *args, **kwargs) -> None:
-        scaler = getattr(self.trainer.precision_plugin, 'scaler', None)
-        scale = scaler.get_scale() if scaler else 0
-        super().optimizer_step(*args, **kwargs)
-        # The GradScaler lowers its scale when it skips a step.
-        self.step_skipped = scaler is not None and scaler.get_scale() < scale
-
-    def lr_scheduler_step(self, schedule, metric) -> None:
-        if metric is not None or not self.step_skipped:
-            super().lr_scheduler_step(schedule, metric)
-
     def on_fit_start(self) -> None:
         self.image_digests = folds.digests(self.hparams.val_folds[0])
 
@@ -122,35 +111,27 @@ class CarvanaModel(pl.LightningModule):
         loss = self.loss(self(batch['image']), batch['mask'])
         size = len(batch['img'])
         self.log('train_loss', loss, batch_size=size, on_step=False, on_epoch=True, sync_dist=True)
-        self.recent_losses.append((loss.detach(), batch['img']))
-        if len(self.recent_losses) == self.trainer.log_every_n_steps:
+        # A NaN stays in the sum. It is read only now and then, because that waits for the device.
+        self.loss_sum = self.loss_sum + loss.detach()
+        if (batch_index + 1) % self.trainer.log_every_n_steps == 0:
             self.check_losses()
-        # The last accumulation window of an epoch can be shorter, but Lightning still divides by
-        # the full length. Scale the loss up to correct it.
-        window, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
-        short = batches % window
-        return loss * (window / short) if batch_index >= batches - short else loss
+        return loss
 
     def check_losses(self) -> None:
-        """Raise NotFinite for a loss that is not finite.
+        """Raise NotFinite if a loss since the last check is not finite.
 
-        It checks several batches at a time, because each check waits for the device. If the
-        GradScaler skips a step, the loss is finite, and nothing is raised.
+        If the GradScaler skips a step, the loss is finite, and nothing is raised.
         """
-        if not self.recent_losses:
-            return
-        losses, names = zip(*self.recent_losses)
-        self.recent_losses = []
-        for loss, batch in zip(torch.stack(losses).tolist(), names):
-            self.check_finite(loss, 'the loss', f' at the images {", ".join(batch)}')
+        self.check_finite(float(self.loss_sum), 'the loss')
+        self.loss_sum = 0.0
 
-    def check_finite(self, loss: float, name: str, where: str = '') -> None:
+    def check_finite(self, loss: float, name: str) -> None:
         if not math.isfinite(loss):
             advice = f'a lower LR than {self.hparams.LR}'
             if self.trainer.precision == '16-mixed':
                 advice = f"PRECISION='bf16' (or 32) instead of 16, or {advice}"
             raise NotFinite(
-                f'{name} is {loss} in epoch {self.current_epoch + 1}{where}: run again with '
+                f'{name} is {loss} in epoch {self.current_epoch + 1}: run again with '
                 f'RESUME=True and {advice}; it resumes from the last good checkpoint, if any'
             )
 
@@ -158,8 +139,6 @@ class CarvanaModel(pl.LightningModule):
     def on_validation_start(self) -> None:
         self.check_losses()
         self.share_buffers()
-        names = self.trainer.val_dataloaders.dataset.names
-        self.row = {name: row for row, name in enumerate(names)}
 
     def on_validation_epoch_start(self) -> None:
         self.share_buffers()  # now that EMA has swapped in the average
@@ -174,8 +153,7 @@ class CarvanaModel(pl.LightningModule):
         logits = self.predict(batch['image'])
         prediction = metrics.decide(metrics.activate(logits))
         counts = metrics.count(prediction, batch['mask'], self.hparams.CLASSES, self.ignored)
-        rows = torch.tensor([self.row[name] for name in batch['img']], device=self.device)
-        self.scores.update(rows, counts, self.loss(logits, batch['mask']))
+        self.scores.update(batch['row'], counts, self.loss(logits, batch['mask']))
         return prediction
 
     def on_validation_epoch_end(self) -> None:

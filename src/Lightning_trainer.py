@@ -224,7 +224,7 @@ def print_start(fold: int, table: pd.DataFrame, items: int, model, trainer: pl.T
 
 def record(fold: int, folder: Path, checkpoint: Path, log: dict) -> dict:
     """Write curves.png and models.csv. Returns the logged values of the best epoch."""
-    curves = plots.curves(log['history'], log['rates'], f'fold {fold}: {config.MODEL_NAME}')
+    curves = plots.curves(log['history'], f'fold {fold}: {config.MODEL_NAME}')
     plots.save(curves, folder / 'curves.png')
     return files.enter_model(fold, folder, checkpoint, log['history'])
 

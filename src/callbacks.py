@@ -44,27 +44,21 @@ def progress_bars() -> list[Callback]:
 class EpochLog(Callback):
     """Prints one line per epoch, and writes metrics.csv: one row per epoch.
 
-    `history` has one dictionary of logged values per epoch. `rates` has pairs: epochs so far, such
-    as 2.5, and learning rate. Both are saved in every checkpoint, for a resumed run.
+    `history` has one dictionary of logged values per epoch. Every checkpoint has it, for a resumed
+    run.
     """
 
     def __init__(self, fold: int):
-        self.fold, self.history, self.rates = fold, [], []
+        self.fold, self.history = fold, []
 
     def state_dict(self) -> dict:
-        return {'history': self.history, 'rates': self.rates}
+        return {'history': self.history}
 
     def load_state_dict(self, state: dict) -> None:
-        self.history, self.rates = list(state['history']), list(state['rates'])
+        self.history = list(state['history'])
 
     def on_train_epoch_start(self, trainer, module) -> None:
         self.start = time.monotonic()
-
-    def on_train_batch_start(self, trainer, module, batch, batch_index) -> None:
-        batches = trainer.num_training_batches
-        if batch_index % max(1, batches // 20) == 0:
-            rate = float(module.optimizers().param_groups[0]['lr'])
-            self.rates.append([trainer.current_epoch + batch_index / batches, rate])
 
     def on_train_epoch_end(self, trainer, module) -> None:
         values = {'epoch': trainer.current_epoch, 'step': trainer.global_step}

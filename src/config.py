@@ -91,7 +91,7 @@ ACCUMULATE_GRAD_BATCHES: int = 64  # batches per optimizer step; 64 is for thous
 PRECISION: int | str = 16  # 16 (float16, needs CUDA), 'bf16' or 32
 AUGMENTATION: str = 'original'  # any name in dataset.AUGMENTATIONS
 SEED: int = 42
-NUM_WORKERS: int = min(8, cpu_count())  # processes per device that decode images
+NUM_WORKERS: int = min(16, cpu_count())  # processes per device that decode images
 CACHE: bool = False  # keep decoded, resized images under OUTPUT/cache: 4 MB each at 1024 pixels
 RESUME: bool = False  # continue where the last run stopped
 

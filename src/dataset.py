@@ -167,6 +167,7 @@ class CarvanaDataset(Dataset):
             'image': torch.from_numpy(image).permute(2, 0, 1),
             'mask': torch.from_numpy(mask),
             'img': name,
+            'row': index,
         }
 
 

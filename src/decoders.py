@@ -1,6 +1,10 @@
 """Any decoder of segmentation_models_pytorch by name."""
 
+import functools
+import warnings
+
 import segmentation_models_pytorch as smp
+import torch
 
 import config
 
@@ -15,3 +19,20 @@ def check_name(name: str) -> None:
         raise config.UserMistake(
             f"MODEL_NAME: no decoder '{name}'; {meant}valid: {', '.join(DECODERS)}"
         )
+
+
+@functools.cache
+def upsample_in_half() -> torch.library.Library:
+    """Keep nearest-neighbour upsampling in float16 or bfloat16 under CUDA's autocast.
+
+    Autocast runs it in float32, and concatenation then promotes the skip connection as well
+    (pytorch issue 121072). It only copies values, so half precision loses nothing.
+
+    Returns: the registration, which holds as long as the object lives.
+    """
+    library = torch.library.Library('aten', 'IMPL')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # some versions of torch warn of the replaced rule
+        for operator in ('upsample_nearest2d', 'upsample_nearest2d.vec'):
+            library.impl(operator, torch.library.fallthrough_kernel, 'AutocastCUDA')
+    return library

@@ -4,6 +4,7 @@ import copy
 from functools import partial
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import config
 import decoders
@@ -18,6 +19,7 @@ def build(decoder: str, encoder: str, weights=None, channels: int = 3, classes: 
 
     Raises config.UserMistake for unknown names, weights that do not load, or a pair that does not fit.
     """
+    decoders.upsample_in_half()
     decoders.check_name(decoder)
     encoders.check_name(encoder)
     hub = encoders.hub_weights(encoder, weights)
@@ -60,11 +62,23 @@ def build_model(name: str, weights=None, channels: int = 3, classes: int = 1) ->
     return build(decoder, encoder, weights, channels, classes)
 
 
+class CheckUpsampling(TorchDispatchMode):
+    """Raises ValueError where an upsampled activation has 2**31 elements or more. CUDA's nearest
+    upsampling of channels-last images then returns zeros (pytorch issue 141831)."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        if 'upsample_nearest' in operator.name() and result.numel() >= 2**31:
+            raise ValueError(f'an activation of {result.numel()} elements: the limit is 2**31 - 1')
+        return result
+
+
 def try_out(model: torch.nn.Module, name: str, batch_size: int, shape: tuple) -> None:
     """Raise config.UserMistake if the model cannot be trained on batches (batch_size, *shape)."""
     try:  # on the meta device, which computes shapes only
         batch = torch.zeros(batch_size, *shape, device='meta')
-        copy.deepcopy(model).to('meta').train()(batch)
+        with CheckUpsampling():
+            copy.deepcopy(model).to('meta').train()(batch)
     except NotImplementedError:
         pass  # an operation that the meta device lacks: the first training step will show
     except Exception as error:  # each layer raises its own type

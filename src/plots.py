@@ -107,17 +107,17 @@ def samples(masks: dict[str, tuple], classes: int) -> Figure:
     return fig
 
 
-def curves(history: list[dict], rates: list, title: str) -> Figure:
-    """Loss and scores after each epoch, and the learning rate within them.
+def curves(history: list[dict], title: str) -> Figure:
+    """Loss, scores and learning rate of each epoch.
 
     Args:
         history: a dictionary of logged values per epoch.
-        rates: pairs of the epochs so far, such as 2.5, and the learning rate.
     """
     fig, axes = figure(1, 3, 3.6, 2.8, title)
     panels = {
         'loss': {'train_loss': ORANGE, 'val_loss': BLUE},
         'mean over images': {'val_dice': BLUE, 'val_iou': GREEN},
+        'learning rate': {'lr': 'black'},
     }
     for axis, (label, columns) in zip(axes[0], panels.items()):
         for column, colour in columns.items():
@@ -125,8 +125,7 @@ def curves(history: list[dict], rates: list, title: str) -> Figure:
             axis.plot(*zip(*points), color=colour, marker='o', ms=3, label=column)
         axis.legend(fontsize=8, frameon=False)
         axis.set_ylabel(label)
-    axes[0, 2].plot(*zip(*rates), color='black')
-    axes[0, 2].set(ylabel='learning rate', ylim=(0, None))
+    axes[0, 2].set_ylim(0, None)
     for axis in axes[0]:
         axis.set(xlabel='epochs', xlim=(0, len(history) + 0.5))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -1,40 +1,23 @@
 #!/usr/bin/env bash
-# Measures what needs an NVIDIA GPU, in under 20 minutes, and writes one text file:
+# Measures what needs an NVIDIA GPU, unattended, in at most 7 minutes, without internet:
 #
-#     bash tests/bench_gpu.sh gpu.txt
+#     bash tests/bench_gpu.sh [gpu.txt]
 #
-# The precisions at 1024 pixels and at the demo's size, the real input against batches that are already
-# on the device, the tester, three folds side by side on one GPU, and the message when memory runs out.
-set -uo pipefail
-file=$(realpath "${1:-gpu.txt}")
-cd "$(dirname "$0")/.."
-python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo 'no GPU here that torch can use'; exit 1; }
-temporary=$(mktemp -d)
-trap 'rm -rf "$temporary"' EXIT
-WORDS="INPUT=$temporary/demo OUTPUT=$temporary/output LOGS_PATH=$temporary/logs N_FOLDS=3 CROP_SIZE=1024"
-WORDS="$WORDS TRAIN_BATCH_SIZE=8 ACCUMULATE_GRAD_BATCHES=1 ENCODER_WEIGHTS=None CACHE=True"
-
-measure() {
-  printf '\n$ %s\n' "$*"
-  SECONDS=0
-  timeout 400 "$@" 2>&1
-  echo "status $?, $SECONDS s"
-}
-
-{
-  date -u +%F
-  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-  python -c 'import torch, pytorch_lightning as pl; print("torch", torch.__version__, "pytorch-lightning", pl.__version__)'
-  python src/demo.py --only-draw --size 1918x1280 INPUT="$temporary"
-  python src/folds.py $WORDS
-  measure python src/test_precision.py --steps 50 $WORDS
-  measure python src/test_precision.py --steps 200 --seeds 3 INPUT="$temporary/small" OUTPUT="$temporary/small"
-  measure python tests/bench_training.py
-  measure python tests/bench_prediction.py
-  for fold in 0 1 2; do
-    measure python src/Lightning_trainer.py $WORDS EPOCHS=2 "FOLDS=[$fold]" > "$temporary/fold$fold.txt" &
-  done
-  wait
-  cat "$temporary"/fold?.txt
-  measure python src/Lightning_trainer.py $WORDS TRAIN_BATCH_SIZE=128 CROP_SIZE=2048 CACHE=False 'FOLDS=[0]'
-} | tee "$file"
+# Each row is written to gpu.txt as soon as it is known, the most important first, so a run that is cut
+# off keeps what it has. tests/bench_gpu.py says what is measured, and which variables change it.
+# Packages that are missing are taken from a folder of wheels: WHEELS=../shared/gpu/wheels.
+#
+#     ANY_DEVICE=1 MODEL=smp_linknet_tu-test_resnet SIZE=64 BATCH=2 STEPS=3 CARS=3 COPIES=1 DRAW=96x64 N_FOLDS=3 bash tests/bench_gpu.sh
+set -euo pipefail
+file=$(realpath -m "${1:-${OUT:-.}/gpu.txt}")
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-$(command -v python3)}
+wheels=${WHEELS:-../shared/gpu/wheels}
+if ! "$python" -c 'import albumentations, segmentation_models_pytorch' 2> /dev/null && [ -d "$wheels" ]; then
+  site=$(mktemp -d)
+  trap 'rm -rf "$site"' EXIT
+  "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl
+  export PYTHONPATH=$site
+fi
+export PYTHONUNBUFFERED=1 NO_ALBUMENTATIONS_UPDATE=1 HF_HUB_OFFLINE=1
+"$python" tests/bench_gpu.py "$file"
