@@ -1,12 +1,12 @@
 """CarvanaModel: the network, its loss, its data and its scores, as a LightningModule."""
 
 import math
-import shutil
 from functools import cached_property
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler
 
 import config
@@ -16,11 +16,51 @@ import folds
 import masks
 import metrics
 import model_dispatcher
-import optimizers
+
+WARM_UP = 0.15  # share of the optimizer steps in which the learning rate rises
+FUSED = ('Adam', 'AdamW', 'SGD')  # optimizers with a fused step on every device
+# Share of LR at a progress of 0 to 1 after the warm-up. SGDR (arXiv 1608.03983), here to a hundredth,
+# and DeepLab (arXiv 1606.00915).
+SCHEDULES = {
+    'cosine': lambda progress: 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2,
+    'poly': lambda progress: (1 - progress) ** 0.9,
+}
 
 
-class NotFinite(config.UserMistake):
-    """A loss is NaN or infinite."""
+def build_optimizer(name: str, parameters, lr: float, arguments: dict, clipped: bool):
+    """An optimizer of torch.optim.
+
+    Args:
+        arguments: further arguments, OPTIMIZER_ARGS.
+        clipped: whether gradients are clipped. A fused step unscales the gradients of AMP itself,
+            too late to clip them.
+
+    Raises config.UserMistake if torch.optim has no such class.
+    """
+    optimizers = {k: v for k, v in vars(torch.optim).items() if isinstance(v, type)}
+    del optimizers['Optimizer']  # the base class
+    if name not in optimizers:
+        meant = config.did_you_mean(name, optimizers)
+        raise config.UserMistake(
+            f"OPTIMIZER: torch.optim has no '{name}'; {meant}valid: {', '.join(optimizers)}"
+        )
+    if name in FUSED and not clipped:
+        arguments = {'fused': True} | arguments
+    return optimizers[name](parameters, lr=lr, **arguments)
+
+
+def learning_rate_factor(schedule: str, steps: int):
+    """A function for LambdaLR: optimizer step, from 0 -> share of LR. It rises for WARM_UP of the
+    steps, then falls."""
+    rising = max(2, round(WARM_UP * steps))
+    falling = max(1, steps - rising)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        return SCHEDULES[schedule](min(1, (step - rising) / falling))
+
+    return factor
 
 
 class CarvanaModel(pl.LightningModule):
@@ -82,18 +122,47 @@ class CarvanaModel(pl.LightningModule):
         return metrics.predict_windows(self, images, self.input_size[:2], config.VAL_BATCH_SIZE)
 
     # ------------------------------------------------------------ training
-    def configure_optimizers(self):
-        optimizer, name = optimizers.build_optimizer(self), self.hparams.SCHEDULE
-        if name is None:
-            return optimizer
-        schedule = optimizers.build_schedule(
-            name, optimizer, int(self.trainer.estimated_stepping_batches)
+    def build_optimizer(self, parameters) -> torch.optim.Optimizer:
+        hparams = self.hparams
+        clipped = hparams.GRADIENT_CLIP is not None
+        return build_optimizer(
+            hparams.OPTIMIZER, parameters, hparams.LR, hparams.OPTIMIZER_ARGS, clipped
         )
-        when = {'interval': 'step'}
-        if name == 'plateau':
-            # Step at the epoch's last batch: interval 'epoch' steps after the checkpoint is saved.
-            when |= {'frequency': self.trainer.num_training_batches, 'monitor': 'val_dice'}
-        return [optimizer], [{'scheduler': schedule, 'strict': False, **when}]
+
+    def configure_optimizers(self):
+        optimizer = self.build_optimizer(self.parameters())
+        if self.hparams.SCHEDULE is None:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = LambdaLR(optimizer, learning_rate_factor(self.hparams.SCHEDULE, steps))
+        return [optimizer], [{'scheduler': schedule, 'interval': 'step'}]
+
+    def try_step(self) -> None:
+        """One step of the loss and the optimizer on a tensor of 8 x 8 pixels.
+
+        Raises config.UserMistake if LOSS_ARGS, OPTIMIZER or OPTIMIZER_ARGS do not work.
+        """
+        logits = torch.nn.Parameter(torch.linspace(-1, 1, 64 * self.hparams.CLASSES))
+        mask = torch.arange(64, dtype=torch.uint8).reshape(1, 8, 8) % 2
+        try:
+            self.loss(logits.reshape(1, -1, 8, 8), mask).backward()
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            if not self.hparams.LOSS_ARGS:
+                raise
+            raise config.UserMistake(
+                f'LOSS={self.hparams.LOSS} does not work with LOSS_ARGS={self.hparams.LOSS_ARGS} '
+                f'({config.shorten(error)}): correct them'
+            ) from None
+        try:
+            self.build_optimizer([logits]).step()
+            self.build_optimizer(self.parameters())
+        except (TypeError, ValueError, RuntimeError) as error:
+            if self.hparams.OPTIMIZER == 'Adam' and not self.hparams.OPTIMIZER_ARGS:
+                raise
+            raise config.UserMistake(
+                f'OPTIMIZER={self.hparams.OPTIMIZER} does not work with OPTIMIZER_ARGS='
+                f'{self.hparams.OPTIMIZER_ARGS} ({config.shorten(error)}): set another one'
+            ) from None
 
     def on_fit_start(self) -> None:
         self.image_digests = folds.digests(self.hparams.val_folds[0])
@@ -126,27 +195,21 @@ class CarvanaModel(pl.LightningModule):
         self.loss_sum = 0.0
 
     def check_finite(self, loss: float, name: str) -> None:
-        if not math.isfinite(loss):
-            advice = f'a lower LR than {self.hparams.LR}'
-            if self.trainer.precision == '16-mixed':
-                advice = f"PRECISION='bf16' (or 32) instead of 16, or {advice}"
-            raise NotFinite(
-                f'{name} is {loss} in epoch {self.current_epoch + 1}: run again with '
-                f'RESUME=True and {advice}; it resumes from the last good checkpoint, if any'
-            )
+        """Raise config.UserMistake for a loss that is NaN or infinite."""
+        if math.isfinite(loss):
+            return
+        advice = f'start again with a lower LR than {self.hparams.LR}'
+        if self.trainer.precision == '16-mixed':
+            advice = f"run again with RESUME=True PRECISION='bf16' (or 32), or {advice}"
+        raise config.UserMistake(f'{name} is {loss} in epoch {self.current_epoch + 1}: {advice}')
 
     # ------------------------------------------------------------ validation
     def on_validation_start(self) -> None:
-        self.check_losses()
-        self.share_buffers()
-
-    def on_validation_epoch_start(self) -> None:
-        self.share_buffers()  # now that EMA has swapped in the average
-
-    def share_buffers(self) -> None:
-        """Each rank has its own batch norm statistics. Checkpoints hold those of rank 0."""
-        for buffer in self.model.buffers() if self.trainer.world_size > 1 else ():
-            torch.distributed.broadcast(buffer, 0)
+        self.check_losses()  # before anything is saved
+        if self.trainer.world_size > 1:
+            # Each rank has its own batch norm statistics. Checkpoints hold those of rank 0.
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def validation_step(self, batch: dict, batch_index: int) -> torch.Tensor:
         """Returns the predicted class indices, uint8 (N, H, W)."""
@@ -169,12 +232,20 @@ class CarvanaModel(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.image_digests = checkpoint.get('image_digests')
         self.epochs_done = checkpoint.get('epoch', -1) + 1
-        # After a stop by NaN, a run may go on with another LR.
-        factor = self.hparams.LR / checkpoint['hyper_parameters']['LR']
-        if factor != 1:
-            optimizers.scale_rates(
-                [checkpoint['optimizer_states'], checkpoint['lr_schedulers']], factor
-            )
+
+    def load_model(self, checkpoint: dict) -> bool:
+        """Load the whole model of a checkpoint of the same MODEL_NAME and CHANNELS. A head of other
+        CLASSES stays as it is.
+
+        Returns: whether the head was loaded, too.
+        """
+        weights = checkpoint['state_dict']
+        same = checkpoint['hyper_parameters']['CLASSES'] == self.hparams.CLASSES
+        if not same:
+            head = 'model.segmentation_head.'
+            weights = {name: w for name, w in weights.items() if not name.startswith(head)}
+        self.load_state_dict(weights, strict=same)
+        return same
 
     def export(self, folder: Path, threshold: float) -> None:
         """Write the network for segmentation_models_pytorch.from_pretrained.
@@ -190,11 +261,7 @@ class CarvanaModel(pl.LightningModule):
             _classes=self.hparams.CLASSES,
             _threshold=threshold,
         )
-        temporary = folder.with_name(f'{folder.name}.tmp')
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.model.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        self.model.save_pretrained(folder)
 
     # ------------------------------------------------------------ data
     @cached_property

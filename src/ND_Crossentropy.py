@@ -157,6 +157,11 @@ def TopKLoss(pixels, k=10):
 def WeightedCrossEntropyLoss(pixels, weights=None):
     """Cross-entropy with weights [background, class 1, ...], for classes of known frequencies.
     Formula (Ronneberger et al. 2015, arXiv 1505.04597): sum(w_y ce) / sum(w_y)"""
+    if weights and len(weights) != pixels.classes:
+        raise config.UserMistake(
+            f'WeightedCrossEntropyLoss takes {pixels.classes} weights, one for each class and the '
+            f'background, not {len(weights)}: correct LOSS_ARGS'
+        )
     w = pixels.logits.new_tensor(weights or [1] * pixels.classes)
     return pixels.mean(pixels.ce, w[pixels.target])
 

@@ -1,4 +1,4 @@
-"""Callbacks for epoch lines, progress bar, pictures, checkpoints; finding a run to resume."""
+"""Callbacks for epoch lines, progress bar, pictures and checkpoints; finding a run to resume."""
 
 import io
 import os
@@ -6,23 +6,20 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+import yaml
+from pytorch_lightning.callbacks import Callback, Checkpoint, TQDMProgressBar
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import config
 import files
 import folds
 import plots
 import runtime
-
-NOT_FINITE = 'not_finite.txt'  # in a version folder: why its training stopped
 
 
 class ProgressBar(TQDMProgressBar):
@@ -75,13 +72,6 @@ class EpochLog(Callback):
         bar = trainer.progress_bar_callback
         bar.print(line) if bar else print(line, flush=True)
 
-    def on_exception(self, trainer, module, exception) -> None:
-        stopped = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
-        if stopped and trainer.is_global_zero:
-            score = trainer.checkpoint_callback.best_model_score
-            best = 'in its first epoch' if score is None else f'with best val_dice {score:.4f}'
-            print(f'fold {self.fold} was stopped {best}: run again with RESUME=True', flush=True)
-
 
 class PredictionImages(Callback):
     """Logs the first validation images of each epoch to TensorBoard: truth left, prediction right."""
@@ -99,6 +89,7 @@ class PredictionImages(Callback):
         log.add_image('truth and prediction', picture, trainer.current_epoch, dataformats='HWC')
 
 
+# ------------------------------------------------------------ checkpoints
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint to a temporary file in the same folder, then renames it.
 
@@ -113,40 +104,80 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             temporary.write_bytes(content.getbuffer())
 
 
-class BestCheckpoint(ModelCheckpoint):
-    """Keeps the checkpoint with the best val_dice. Its folder may be moved between two runs."""
+class Checkpoints(Checkpoint):
+    """After each epoch, saves best.ckpt if val_dice is the best so far, then last.ckpt.
+
+    A kill between the two leaves the older last.ckpt: the resumed run repeats the epoch. Lightning's
+    ModelCheckpoint would write the same content twice.
+
+    Args:
+        folder: where to save; the same for a resumed run, also if it was moved.
+    """
+
+    def __init__(self, folder: Path):
+        self.best, self.last, self.best_score = folder / 'best.ckpt', folder / 'last.ckpt', -1.0
+
+    def state_dict(self) -> dict:
+        return {'best_score': self.best_score}
 
     def load_state_dict(self, state: dict) -> None:
-        def here(file: str) -> str:
-            return os.path.join(self.dirpath, os.path.basename(file)) if file else file
+        self.best_score = state['best_score']
 
-        paths = {key: here(state[key]) for key in state if key.endswith('model_path')}
-        best = {here(file): score for file, score in state['best_k_models'].items()}
-        super().load_state_dict({**state, **paths, 'dirpath': self.dirpath, 'best_k_models': best})
-
-
-def checkpoints_and_stop() -> list[Callback]:
-    """Callbacks for the best checkpoint, last.ckpt after every epoch, and PATIENCE."""
-    always, best = {'save_on_train_epoch_end': True}, {'monitor': 'val_dice', 'mode': 'max'}
-    stop = [] if config.PATIENCE is None else [EarlyStopping(**best, patience=config.PATIENCE)]
-    return [
-        BestCheckpoint(filename='{epoch}-{val_dice:.4f}', **best, **always),
-        # `save_last` would write last.ckpt only after the best epochs.
-        ModelCheckpoint(filename='last', enable_version_counter=False, **always),
-        *stop,
-    ]
+    def on_train_epoch_end(self, trainer, module) -> None:
+        score = float(trainer.callback_metrics['val_dice'])
+        if score <= self.best_score:
+            trainer.save_checkpoint(self.last)
+            return
+        self.best_score = score
+        trainer.save_checkpoint(self.best)
+        if trainer.is_global_zero:
+            link_or_copy(self.best, self.last)
 
 
-class Run(NamedTuple):
-    """What an earlier training of a fold left in its version folder."""
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` a hard link to `source`, or a copy where the disk has no links."""
+    with files.atomic_write(target) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
-    folder: Path
-    checkpoint: Path  # the newest
-    best: Path
-    log: dict  # state of EpochLog
-    finished: bool  # all EPOCHS done, or stopped by PATIENCE
+
+def read_checkpoint(file: Path, remedy: str) -> dict:
+    """A checkpoint with memory-mapped tensors; code in it is never run.
+
+    Raises config.UserMistake, with the remedy, if it is missing, damaged, or not of this project.
+    """
+    try:
+        checkpoint = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise config.UserMistake(f'{file}: no such file: {remedy}') from None
+    except Exception as error:  # a damaged file raises whatever pickle, zipfile and torch raise
+        raise config.UserMistake(
+            f'{file}: cannot be read ({config.shorten(error, 120)}): {remedy}'
+        ) from None
+    if not isinstance(checkpoint, dict) or 'val_folds' not in checkpoint.get(
+        'hyper_parameters', ()
+    ):
+        raise config.UserMistake(f'{file}: not a checkpoint of Lightning_trainer.py: {remedy}')
+    return checkpoint
 
 
+def history_of(checkpoint: dict) -> list[dict]:
+    """The logged values of each epoch that a checkpoint contains, see EpochLog."""
+    return checkpoint['callbacks']['EpochLog']['history']
+
+
+def is_finished(checkpoint: dict) -> bool:
+    """Whether a training has done all EPOCHS, or was stopped by PATIENCE."""
+    for name, state in checkpoint['callbacks'].items():
+        if name.startswith('EarlyStopping') and state['wait_count'] >= state['patience']:
+            return True
+    return len(history_of(checkpoint)) >= config.EPOCHS
+
+
+# ------------------------------------------------------------ version folders
 def version_folders() -> list[Path]:
     """LOGS_PATH/version_#, the oldest first."""
     found = config.path(config.LOGS_PATH).glob('version_*')
@@ -169,74 +200,41 @@ def new_version_folder() -> Path:
             number += 1
 
 
-def find_run(fold: int) -> Run | None:
-    """The newest run of a fold, to resume it; None if there is none.
+def fold_of(folder: Path) -> int | None:
+    """The fold of a version folder, from its hparams.yaml; None if it is not of this project."""
+    try:
+        hparams = yaml.safe_load((folder / 'hparams.yaml').read_text(encoding='utf-8'))
+        return hparams['val_folds'][0]
+    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
+        return None
 
-    Rank 0 also removes checkpoints that a kill left: all but the newest and the best one.
 
-    Raises:
-        config.UserMistake: if a checkpoint cannot be read, or the run was started with other
-            constants that change its result, or with other images in its folds.
-    """
+def find_run(fold: int) -> Path | None:
+    """The version folder of the newest run of a fold that can be resumed; None if there is none."""
     for folder in reversed(version_folders()):
-        names = ('last.ckpt', 'epoch=*.ckpt')  # other files are the user's
-        found = [file for name in names for file in (folder / 'checkpoints').glob(name)]
-        states = {file: state for file in sorted(found) if (state := read_checkpoint(file))}
-        newest = max(
-            states, key=lambda f: (states[f]['epoch'], f.name == 'last.ckpt'), default=None
-        )
-        state = states.get(newest)
-        if state is None or state['hyper_parameters']['val_folds'] != [fold]:
+        if fold_of(folder) != fold or not (folder / 'checkpoints/last.ckpt').exists():
             continue
-        check_resumable(folder, fold, state)
-        saved = {key.partition('{')[0]: value for key, value in state['callbacks'].items()}
-        best = newest.with_name(Path(saved['BestCheckpoint']['best_model_path']).name)
-        stop = saved.get('EarlyStopping', {'wait_count': 0, 'patience': 1})
-        done = len(saved['EpochLog']['history']) >= config.EPOCHS
-        finished = done or stop['wait_count'] >= stop['patience']
-        if rank_zero_only.rank == 0:
-            if newest.name != 'last.ckpt':  # killed between saving the two
-                with files.atomic_write(newest.with_name('last.ckpt')) as temporary:
-                    shutil.copyfile(newest, temporary)
-                newest = newest.with_name('last.ckpt')
-            for other in set(states) - {newest, best}:
-                other.unlink(missing_ok=True)
-        return Run(folder, newest, best, saved['EpochLog'], finished)
+        if (folder / 'checkpoints/best.ckpt').exists():
+            return folder
+        runtime.print_once(f'{folder.name} has no best.ckpt, as before 2026-11-26: passed over')
     return None
 
 
-def read_checkpoint(file: Path) -> dict | None:
-    """A checkpoint with memory-mapped tensors; None if rank 0 has just removed it."""
-    try:
-        return torch.load(file, map_location='cpu', weights_only=True, mmap=True)
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # a damaged file raises whatever pickle, zipfile and torch raise
-        raise config.UserMistake(
-            f'{files.relative(file)}: cannot be read ({config.shorten(error, 120)}): remove it to '
-            f'resume from an older checkpoint, or remove {file.parent.parent.name} to start again'
-        ) from None
-
-
-def check_resumable(folder: Path, fold: int, state: dict) -> None:
+def check_resumable(folder: Path, fold: int, checkpoint: dict) -> None:
     """Raise config.UserMistake if a run was started with other constants or images."""
-    saved = state['hyper_parameters']
-    may_differ = {'LR', 'PRECISION'} if (folder / NOT_FINITE).exists() else set()
-    schedule = saved.get('SCHEDULE')
-    if schedule in (None, 'plateau') and saved['EPOCHS'] < config.EPOCHS:
-        may_differ.add('EPOCHS')
+    saved = checkpoint['hyper_parameters']
     differ = config.differing_constants(saved, config.constants())
-    if set(differ) - may_differ:
-        was = ', '.join(f'{name}={saved[name]}' for name in differ if name not in may_differ)
-        planned = f" (SCHEDULE='{schedule}' depends on EPOCHS)" * ('EPOCHS' in differ)
+    if differ:
+        was = ', '.join(f'{name}={saved[name]}' for name in differ)
         raise config.UserMistake(
-            f'RESUME=True: {folder.name} was started with {was}{planned}: set the same, or '
-            'set RESUME=False to start a new run'
+            f'RESUME=True: {folder.name} was started with {was}: set the same, or set RESUME=False '
+            'to start a new run (START_FROM can take its weights)'
         )
-    for name in differ:
-        now = getattr(config, name)
-        runtime.print_once(f'resuming {folder.name} with {name}={now}, was {saved[name]}')
-    if state['image_digests'] != folds.digests(fold):
+    if saved['PRECISION'] != config.PRECISION:
+        runtime.print_once(
+            f'resuming {folder.name} with PRECISION={config.PRECISION}, was {saved["PRECISION"]}'
+        )
+    if checkpoint['image_digests'] != folds.digests(fold):
         raise config.UserMistake(
             f'RESUME=True: {folder.name} was started with other images in its folds than '
             f'{config.TRAIN_FOLDS} has now: restore the old file, or set RESUME=False'

@@ -71,16 +71,16 @@ FOLDS: list = [*range(N_FOLDS)]  # folds to train and to test
 # ---------------------------------------------------------------- model
 MODEL_NAME: str = 'smp_unet_resnet34'  # smp_<decoder>_<encoder>; test_model.py --list
 ENCODER_WEIGHTS: str | None = 'imagenet'  # or None, or the path of a weights file
+# A checkpoint whose whole model a new training starts from, or a models.csv: each fold its own.
+START_FROM: str | None = None
 
 # ---------------------------------------------------------------- training
 LOSS: str = 'IoULoss'  # any name in dice_loss.LOSSES
 LOSS_ARGS: dict = {}  # its arguments, e.g. {'alpha': 0.5, 'beta': 0.5} for TverskyLoss
 LR: float = 0.001  # highest learning rate of SCHEDULE
-SCHEDULE: str | None = 'cosine'  # of LR: 'cosine', 'onecycle', 'poly', 'plateau'; None = constant
+SCHEDULE: str | None = 'cosine'  # of LR: 'cosine' or 'poly'; None = constant
 OPTIMIZER: str = 'Adam'  # any class of torch.optim
 OPTIMIZER_ARGS: dict = {}  # its arguments, e.g. {'weight_decay': 0.01} for AdamW
-# Decay of a moving average of the weights, such as 0.99. Checkpoints then contain the average.
-EMA: float | None = None
 GRADIENT_CLIP: float | None = None  # gradients are clipped to this norm
 EPOCHS: int = 7
 PATIENCE: int | None = None  # stop after this many epochs without a better val_dice
@@ -137,9 +137,8 @@ def differing_constants(saved: dict, other: dict) -> list[str]:
     """Names of differing constants that affect a training: not paths, hardware or the tester's."""
     neutral = (
         'INPUT OUTPUT LOGS_PATH TRAIN_PATH MASK_PATH TEST_PATH TRAIN_CSV TEST_CSV TRAIN_FOLDS '
-        'TEST_SUFFIX '
-        'ENCODER_WEIGHTS FOLDS NUM_WORKERS CACHE RESUME ACCELERATOR DEVICES NUM_NODES STRATEGY '
-        'COMPILE VAL_BATCH_SIZE PATH TTA THRESHOLD SAVE_MASKS'
+        'TEST_SUFFIX ENCODER_WEIGHTS START_FROM PRECISION FOLDS NUM_WORKERS CACHE RESUME '
+        'ACCELERATOR DEVICES NUM_NODES STRATEGY COMPILE VAL_BATCH_SIZE PATH TTA THRESHOLD SAVE_MASKS'
     )
     names = (set(constants()) & set(saved) & set(other)) - set(neutral.split())
     return sorted(name for name in names if saved[name] != other[name])

@@ -3,7 +3,6 @@
 Names: those of segmentation_models_pytorch (smp), such as resnet34, and tu-<name> for any of timm.
 """
 
-import re
 from pathlib import Path
 
 import safetensors.torch
@@ -47,37 +46,58 @@ def hub_weights(name: str, weights: str | None) -> str | bool | None:
     return True if is_timm else weights
 
 
+# What comes before the encoder's names in the files of timm, torchvision, smp, DDP and Lightning.
+PREFIXES = (
+    '',
+    'module.',
+    'model.',
+    'encoder.',
+    'backbone.',
+    'model.encoder.',
+    'model.model.encoder.',
+)
+
+
 def load_file(encoder: torch.nn.Module, file: str) -> str:
     """Load the tensors of a file whose name and shape match the encoder's.
 
-    The file may hold the encoder, a timm or torchvision model, or a whole model or checkpoint.
+    The file may hold the encoder, a timm or torchvision model, or a whole model or checkpoint. For
+    one channel, the weights of a first layer for RGB are summed, as smp and timm do.
 
     Returns: one line on how many tensors were loaded.
 
     Raises config.UserMistake if the file is missing or damaged, or nothing matches.
     """
     found = read_state(config.path(file))
-    own = {
-        (flatten(name), tensor.shape): name
+    wanted = {
+        flatten(name): (name, tensor)
         for name, tensor in encoder.state_dict().items()
         if not name.endswith('num_batches_tracked')  # a counter of batch norm, no weight
     }
-    # The file's names may have a prefix, such as 'model.encoder.': use the one with most matches.
-    prefixes = {name[: dot.end()] for name in found for dot in re.finditer(r'^|\.', name)}
     best = {}
-    for prefix in sorted(prefixes):
-        inside = {name[len(prefix) :]: found[name] for name in found if name.startswith(prefix)}
-        keys = {name: (flatten(name), tensor.shape) for name, tensor in inside.items()}
-        best = max(best, {own[k]: inside[n] for n, k in keys.items() if k in own}, key=len)
+    for prefix in PREFIXES:
+        matching = {}
+        for name, tensor in found.items():
+            if not name.startswith(prefix):
+                continue
+            own_name, own = wanted.get(flatten(name.removeprefix(prefix)), (None, None))
+            if own is None:
+                continue
+            if own.ndim == 4 and own.shape[1] == 1 and tensor.shape[1:2] == (3,):
+                tensor = tensor.sum(1, keepdim=True)
+            if tensor.shape == own.shape:
+                matching[own_name] = tensor
+        if len(matching) > len(best):
+            best = matching
     if not best:
         raise config.UserMistake(
             f'ENCODER_WEIGHTS={file}: none of its {len(found)} tensors fits the encoder: set a '
             'weights file for the encoder in MODEL_NAME'
         )
     encoder.load_state_dict(best, strict=False)
-    missing = [name for name in own.values() if name not in best]
-    random = f'; left random: {files.first_few(missing, 3)}' if missing else ''
-    return f'{len(best)} of {len(own)} encoder tensors loaded from {file}{random}'
+    missing = [name for name, _ in wanted.values() if name not in best]
+    note = f'; left random: {files.first_few(missing, 3)}' if missing else ''
+    return f'{len(best)} of {len(wanted)} encoder tensors loaded from {file}{note}'
 
 
 def flatten(name: str) -> str:

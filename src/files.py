@@ -91,27 +91,26 @@ def models_file() -> Path:
     return config.path(config.OUTPUT) / 'models.csv'
 
 
-def read_models() -> pd.DataFrame:
-    """models.csv: one row per trained fold."""
-    table = read_table(models_file(), MODELS, 'run Lightning_trainer.py')
+def read_models(file: Path | None = None) -> pd.DataFrame:
+    """A models.csv, by default that of OUTPUT: one row per trained fold."""
+    file = file or models_file()
+    table = read_table(file, MODELS, 'run Lightning_trainer.py')
     try:
         return table.astype({'fold': int, 'val_dice': float, 'val_iou': float})
     except ValueError as error:
         remedy = 'remove it and run Lightning_trainer.py RESUME=True'
-        raise config.UserMistake(f'{models_file()}: {config.shorten(error)}: {remedy}') from None
+        raise config.UserMistake(f'{file}: {config.shorten(error)}: {remedy}') from None
 
 
-def enter_model(fold: int, folder: Path, checkpoint: Path, history: list[dict]) -> dict:
-    """Replace the fold's row in models.csv with this run. Return the log of its best epoch."""
-    best = max(history, key=lambda epoch: epoch['val_dice'])  # the first of equals, as Lightning
-    row = [fold, folder.name, relative(checkpoint), best['val_dice'], best['val_iou']]
+def enter_model(fold: int, version: str, checkpoint: Path, scores: dict) -> None:
+    """Replace the fold's row in models.csv. scores: those of the checkpoint's epoch."""
+    row = [fold, version, relative(checkpoint), scores['val_dice'], scores['val_iou']]
     with file_lock(models_file().with_name('.models.lock')):  # folds may be trained side by side
         table = pd.DataFrame([row], columns=MODELS)
         if models_file().exists():
             older = read_models()
             table = pd.concat([older[older.fold != fold], table])
         write_table(table.sort_values('fold'), models_file())
-    return best
 
 
 def relative(file: Path, root: Path | None = None) -> str:

@@ -238,7 +238,11 @@ def digests(fold: int) -> dict[str, str]:
     table = read_folds()
     return {
         name: hashlib.sha256('/'.join(table.img[rows]).encode()).hexdigest()[:16]
-        for name, rows in (('train', table.kfold != fold), ('val', table.kfold == fold))
+        for name, rows in (
+            ('train', table.kfold != fold),
+            ('val', table.kfold == fold),
+            ('all', table.kfold >= 0),
+        )
     }
 
 

@@ -1,6 +1,7 @@
 """MODELS: name -> function that builds the model. Names are smp_<decoder>_<encoder>."""
 
 import copy
+import os
 from functools import partial
 
 import torch
@@ -23,21 +24,25 @@ def build(decoder: str, encoder: str, weights=None, channels: int = 3, classes: 
     decoders.check_name(decoder)
     encoders.check_name(encoder)
     hub = encoders.hub_weights(encoder, weights)
+
     try:
         model = decoders.DECODERS[decoder](
             encoder_name=encoder, encoder_weights=hub, in_channels=channels, classes=classes
         )
-    except Exception as error:  # smp, timm and the hub raise many types
+    except Exception as error:  # smp, timm, the hub and a wrong proxy raise many types
         reason = config.shorten(error)
-        what = (
-            f'MODEL_NAME=smp_{decoder}_{encoder}: {decoder} cannot be built on {encoder} ({reason})'
-        )
-        if hub and isinstance(error, (OSError, RuntimeError)):
-            what = (
-                f"ENCODER_WEIGHTS='{weights}': the weights of {encoder} could not be downloaded "
-                f'({reason}): set a weights file, or None for random weights'
-            )
-        raise config.UserMistake(what) from error
+        if hub is None:
+            raise config.UserMistake(
+                f'MODEL_NAME=smp_{decoder}_{encoder}: {decoder} cannot be built on {encoder} '
+                f'({reason})'
+            ) from error
+        build(decoder, encoder, None, channels, classes)  # raises if the weights are not at fault
+        proxies = sorted(name for name in os.environ if name.lower().endswith('_proxy'))
+        proxy = f', with the proxy that {" and ".join(proxies)} set' if proxies else ''
+        raise config.UserMistake(
+            f"ENCODER_WEIGHTS='{weights}': the weights of {encoder} could not be downloaded{proxy} "
+            f'({reason}): set a weights file, or None for random weights'
+        ) from error
     if weights and not hub:
         print(encoders.load_file(model.encoder, weights))
     return model

@@ -176,7 +176,7 @@ def share(batches: ImageBatches, trainer, done: int = 0) -> DataLoader:
 def new_trainer(*callback) -> pl.Trainer:
     """A Trainer that predicts, with a progress bar on a terminal."""
     bars = callbacks.progress_bars()
-    return runtime.quiet_trainer(callbacks=[*callback, *bars], enable_progress_bar=bool(bars))
+    return runtime.make_trainer(callbacks=[*callback, *bars], enable_progress_bar=bool(bars))
 
 
 def predict(predictor: Predictor, batches: ImageBatches) -> list[np.ndarray]:

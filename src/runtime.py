@@ -1,12 +1,20 @@
 """Hardware and precision for Lightning's Trainer, and messages about a run."""
 
 import logging
+import os
+import re
 import sys
 import warnings
 from contextlib import contextmanager
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.warnings import PossibleUserWarning
+from pytorch_lightning.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -16,9 +24,13 @@ import config
 # Emulate PRECISION=16 on a CPU: real rounding and scaler, but slow. test_precision.py sets it.
 EMULATE_FLOAT16 = False
 
+# What gloo and NCCL say when another process of a run has ended.
+LOST_PEER = 'closed by peer|reset by peer|remote process|broken pipe|likely closed'
+
 print_once = rank_zero_only(print)  # prints once, not in every process
 
 
+# ------------------------------------------------------------ hardware
 def on_cuda() -> bool:
     """Whether ACCELERATOR means an NVIDIA GPU, and there is one."""
     return config.ACCELERATOR in ('auto', 'gpu', 'cuda') and torch.cuda.is_available()
@@ -37,36 +49,87 @@ def precision() -> tuple[str, str]:
     )
 
 
-def trainer(**arguments) -> pl.Trainer:
-    """Lightning's Trainer on the hardware of config.py.
+def launched_processes() -> int:
+    """Number of processes that torchrun or srun started for one training.
+
+    srun also starts independent trainings, one for each task: then DEVICES and NUM_NODES are 1. A
+    shell of salloc has SLURM's variables too, but no SLURM_STEP_ID.
+    """
+    if TorchElasticEnvironment.detect():
+        return int(os.environ['WORLD_SIZE'])
+    one_process = config.DEVICES == 1 and config.NUM_NODES == 1
+    if 'SLURM_STEP_ID' in os.environ and not one_process:
+        return int(os.environ.get('SLURM_NTASKS', 1))
+    return 1
+
+
+def cluster_plugins() -> list:
+    """What Lightning must be told where SLURM's variables are set."""
+    if TorchElasticEnvironment.detect() or 'SLURM_NTASKS' not in os.environ:
+        return []
+    if launched_processes() > 1:
+        # Lightning's requeue would resume from a checkpoint that we have not checked.
+        return [SLURMEnvironment(auto_requeue=False)]
+    return [LightningEnvironment()]
+
+
+def set_rank() -> None:
+    """Lightning takes SLURM_PROCID for a rank, also of independent trainings: they have rank 0."""
+    if 'SLURM_NTASKS' in os.environ and launched_processes() == 1:
+        rank_zero_only.rank = 0
+
+
+def make_trainer(**arguments) -> pl.Trainer:
+    """Lightning's Trainer on the hardware of config.py. It has no logger, checkpoints, bar or
+    summary, unless the arguments say so.
 
     Raises:
         config.UserMistake: if this machine does not have that hardware.
     """
     names = ('ACCELERATOR', 'DEVICES', 'NUM_NODES', 'STRATEGY')
-    hardware = {name.lower(): getattr(config, name) for name in names}
-    hardware |= {'precision': precision()[0], 'use_distributed_sampler': False}  # we use our own
-    if hardware['precision'] == '16-mixed' and not on_cuda():
+    settings = {name.lower(): getattr(config, name) for name in names}
+    for name in ('logger', 'enable_checkpointing', 'enable_progress_bar', 'enable_model_summary'):
+        settings[name] = False
+    settings |= {'precision': precision()[0], 'use_distributed_sampler': False}  # we use our own
+    plugins = [*arguments.pop('plugins', []), *cluster_plugins()]
+    if settings['precision'] == '16-mixed' and not on_cuda():
         # On a CPU, Lightning reads '16-mixed' as bfloat16, but not from a plugin.
-        plugin = MixedPrecision('16-mixed', 'cpu', torch.amp.GradScaler('cpu'))
-        hardware |= {'precision': None, 'plugins': [plugin, *arguments.pop('plugins', [])]}
+        plugins.append(MixedPrecision('16-mixed', 'cpu', torch.amp.GradScaler('cpu')))
+        settings['precision'] = None
     try:
-        return pl.Trainer(**{**hardware, **arguments})
-    except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
+        return pl.Trainer(**{**settings, 'plugins': plugins, **arguments})
+    except (MisconfigurationException, ValueError, RuntimeError, ModuleNotFoundError) as error:
         shown = ', '.join(f'{name}={getattr(config, name)!r}' for name in names)
         raise config.UserMistake(
             f'{shown}: {config.shorten(error, 300)}: set what is there'
         ) from None
 
 
-def quiet_trainer(**arguments) -> pl.Trainer:
-    """Lightning's Trainer without logger, checkpoints, bar and summary, unless arguments say so."""
-    quiet = ('logger', 'enable_checkpointing', 'enable_progress_bar', 'enable_model_summary')
-    return trainer(**{**dict.fromkeys(quiet, False), **arguments})
+def device_name(trainer) -> str:
+    device = trainer.strategy.root_device
+    name = f'{device.type} with {config.cpu_count()} cores'
+    if device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+    if trainer.world_size > 1:
+        name = f'{trainer.world_size} x {name}'
+    return name
 
 
+def peak_memory_mb() -> float:
+    """Peak memory of this process: on the GPU if it used one, else main memory; NaN on Windows."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return float('nan')
+    unit = 1 if sys.platform == 'darwin' else 2**10  # bytes per unit of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+# ------------------------------------------------------------ messages
 def trial_note(limit: int | None) -> str:
-    """A note that follows every score of a training with LIMIT_BATCHES."""
+    """A note that follows the scores of a training with LIMIT_BATCHES."""
     return '' if limit is None else f' (LIMIT_BATCHES={limit}: A TRIAL ON A FEW BATCHES, NO SCORE)'
 
 
@@ -75,21 +138,33 @@ def hide_warnings() -> None:
     for name in ('pytorch_lightning', 'lightning', 'lightning_fabric'):
         for logger in (name, f'{name}.utilities.rank_zero', f'{name}.accelerators.cuda'):
             logging.getLogger(logger).setLevel(logging.WARNING)
-    logging.getLogger('huggingface_hub').setLevel(
-        logging.ERROR
-    )  # its retries; ours says what failed
-    for message in (
-        r'.*does not have many workers.*',
-        r".*Consider setting `?persistent_workers=True`? in '.*_dataloader'.*",
-        r'.*The number of training batches .* is smaller than the logging interval.*',
-        r'.*Checkpoint directory .* exists and is not empty.*',
-        r'.*Experiment logs directory .* exists and is not empty.*',
-        r'.*The dirpath has changed from.*',
-        r".*Couldn't infer the batch indices.*",
-        r'.*`isinstance\(treespec, LeafSpec\)` is deprecated.*',
-        r".*'pin_memory' argument is set as true but no accelerator is found.*",
-    ):
-        warnings.filterwarnings('ignore', message=message)
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # ours says what failed
+    warnings.filterwarnings('ignore', category=PossibleUserWarning)
+    warnings.filterwarnings('ignore', module='pytorch_lightning')
+    warnings.filterwarnings('ignore', module='torch.utils.data')
+    # The GradScaler may skip the first step.
+    warnings.filterwarnings('ignore', message=r'Detected call of `lr_scheduler.step\(\)` before')
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU's memory ran out, in the words of torch, cuDNN or cuBLAS."""
+    words = r'out of memory|(CUDNN|CUBLAS)_STATUS_\w*ALLOC|CUBLAS_STATUS_NOT_INITIALIZED'
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(words, str(error)))
+
+
+def out_of_memory_advice(training: bool) -> str:
+    name = 'TRAIN_BATCH_SIZE' if training else 'VAL_BATCH_SIZE'
+    size, advice = getattr(config, name), []
+    if size > 1:
+        advice.append(f'{name}={size // 2}')
+    if size > 1 and training:
+        advice[0] += ' and double ACCUMULATE_GRAD_BATCHES'
+    if training:
+        advice.append(f'CROP_SIZE={tuple(side * 3 // 4 // 32 * 32 for side in config.crop_size())}')
+    return (
+        f'out of GPU memory with {name}={size}, CROP_SIZE={config.CROP_SIZE}, '
+        f'PRECISION={config.PRECISION}: try {" or ".join(advice) or "fewer FOLDS at once"}'
+    )
 
 
 @contextmanager
@@ -97,34 +172,25 @@ def explain_errors(training: bool = True):
     """Turn errors that are not bugs into a config.UserMistake that says what to do."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        name = 'TRAIN_BATCH_SIZE' if training else 'VAL_BATCH_SIZE'
-        size, sides = getattr(config, name), [n * 3 // 4 // 32 * 32 for n in config.crop_size()]
-        tries = [f'{name}={size // 2}'] * (size > 1)
-        if training:
-            tries = [f'{smaller} and double ACCUMULATE_GRAD_BATCHES' for smaller in tries]
-            tries.append(f'CROP_SIZE={tuple(sides)}')
-        raise config.UserMistake(
-            f'out of GPU memory with {name}={size}, CROP_SIZE={config.CROP_SIZE}, '
-            f'PRECISION={config.PRECISION}: try {" or ".join(tries) or "fewer FOLDS at once"}'
-        ) from None
     except RuntimeError as error:
-        text = str(error).lower()
-        if 'shared memory' in text or 'bus error' in text:
-            raise config.UserMistake(
-                '/dev/shm is too small for the batches of the workers: set fewer NUM_WORKERS (0 '
-                'does not use it), or give the container more (docker run --shm-size=8g)'
-            ) from None
-        if any(words in text for words in ('closed by peer', 'reset by peer', 'remote process')):
-            raise config.UserMistake(
-                'another process of this run has ended, see its message: run again with RESUME=True'
-            ) from None
-        if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
-            raise config.UserMistake(
+        text, message = str(error).lower(), ''
+        if is_out_of_memory(error):
+            message = out_of_memory_advice(training)
+        elif 'shared memory' in text or 'bus error' in text:
+            message = (
+                '/dev/shm is too small for the batches of the workers: set fewer NUM_WORKERS (0 does '
+                'not use it), or give the container more (docker run --shm-size=8g)'
+            )
+        elif re.search(LOST_PEER, text):
+            message = 'another process of this run has ended, see its message: run with RESUME=True'
+        elif type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
+            message = (
                 f'COMPILE=True fails on this machine ({config.shorten(error)}): set COMPILE=False, or '
                 'install a C++ compiler'
-            ) from None
-        raise
+            )
+        if not message:
+            raise
+        raise config.UserMistake(message) from None
 
 
 def data_wait_share(durations: dict[str, list[float]]) -> float:
@@ -148,23 +214,3 @@ def faster_input(share: float) -> str:
     if config.cpu_count() > config.NUM_WORKERS:
         return f': try NUM_WORKERS={config.cpu_count()}'
     return ': try a smaller CROP_SIZE' if config.CACHE else ': try CACHE=True'
-
-
-def device_name(trainer) -> str:
-    device = trainer.strategy.root_device
-    name = f'{device.type} with {config.cpu_count()} cores'
-    if device.type == 'cuda':
-        name = torch.cuda.get_device_name(device)
-    return f'{trainer.world_size} x {name}' if trainer.world_size > 1 else name
-
-
-def peak_memory_mb() -> float:
-    """Peak memory of this process: on the GPU if it used one, else main memory; NaN on Windows."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ModuleNotFoundError:
-        return float('nan')
-    unit = 1 if sys.platform == 'darwin' else 2**10  # bytes per unit of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -76,7 +76,7 @@ def main(options) -> None:
     files.write_table(table, output / 'precision.csv')
     print(table.drop(columns='note').to_string(index=False, na_rep='-'))
     print_differences(pd.DataFrame(runs))
-    device = runtime.device_name(runtime.quiet_trainer(**HARDWARE))
+    device = runtime.device_name(runtime.make_trainer(**HARDWARE))
     title = f'{config.MODEL_NAME}, {config.CROP_SIZE} pixels, {device}'
     plots.save(plots.precision(table, title), output / 'precision.png')
     print(f'{config.OUTPUT}/precision.csv; torch {torch.__version__}, Lightning {pl.__version__}')
@@ -142,7 +142,7 @@ def measure(name: str, steps: int) -> dict:
     pl.seed_everything(config.SEED, workers=True, verbose=False)
     model = CarvanaModel([k for k in range(config.N_FOLDS) if k != held_out], [held_out])
     clock, last = Clock(WARM_UP), WARM_UP + steps
-    trainer = runtime.quiet_trainer(
+    trainer = runtime.make_trainer(
         **HARDWARE,
         max_steps=last,
         limit_val_batches=100,

@@ -100,7 +100,7 @@ class ResidentModel(CarvanaModel):
 def images_per_second(model: type) -> float:
     pl.seed_everything(1, verbose=False)
     clock = test_precision.Clock(WARM_UP)
-    trainer = runtime.quiet_trainer(
+    trainer = runtime.make_trainer(
         max_steps=WARM_UP + 3 * STEPS,
         limit_val_batches=0,
         callbacks=[clock],

@@ -74,7 +74,7 @@ class ResidentModel(CarvanaModel):
 
 def images_per_second(model, steps: int, precision) -> float:
     clock = Clock(WARM_UP)
-    trainer = runtime.quiet_trainer(
+    trainer = runtime.make_trainer(
         precision=precision,
         max_steps=WARM_UP + steps,
         limit_val_batches=0,

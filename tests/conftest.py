@@ -158,11 +158,12 @@ def environment() -> dict:
     return {**os.environ, 'HF_HUB_OFFLINE': '1'}
 
 
-def start(script, *words, python=(sys.executable,), **keywords) -> subprocess.Popen:
+def start(script, *words, python=(sys.executable,), variables=(), **keywords) -> subprocess.Popen:
     """Start a script, by default one of src/, as a user does, in a process group of its own."""
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **keywords}
     command = [*python, SRC / script, *words]
-    return subprocess.Popen(command, text=True, env=environment(), start_new_session=True, **pipes)
+    env = environment() | dict(variables)
+    return subprocess.Popen(command, text=True, env=env, start_new_session=True, **pipes)
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:

@@ -88,15 +88,43 @@ def environ(pid: int) -> bytes:
         return file.read()
 
 
-@pytest.mark.parametrize('name', ['WORLD_SIZE', 'SLURM_NTASKS'])
-def test_several_folds_in_one_launch_are_refused(uneven, monkeypatch, name):
-    """As a process of torchrun or of srun."""
+TORCHRUN = {'TORCHELASTIC_RUN_ID': 'x', 'WORLD_SIZE': '2'}
+SRUN = {'SLURM_STEP_ID': '0', 'SLURM_NTASKS': '2', 'SLURM_JOB_ID': '1', 'SLURM_PROCID': '1'}
+
+
+@pytest.mark.parametrize('variables', [TORCHRUN, SRUN])
+def test_several_folds_in_one_launch_are_refused(uneven, monkeypatch, variables):
     _, words = uneven
-    monkeypatch.setenv(name, '2')
-    command_line.override([*words, 'FOLDS=[0, 1]'])
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    command_line.override([*words, 'FOLDS=[0, 1]', 'DEVICES=2'])
     refused = r'FOLDS=\[0, 1\]: torchrun and srun can train only one fold'
     with pytest.raises(config.UserMistake, match=refused):
         Lightning_trainer.main()
+
+
+def test_each_task_of_srun_trains_its_own_fold(uneven, tmp_path):
+    """srun --ntasks=2, one fold a task; and a shell of salloc, which starts no step."""
+    folder, words = uneven
+    words = [*words, f'LOGS_PATH={tmp_path}/logs', f'OUTPUT={tmp_path}/output']
+    words.append(f'TRAIN_FOLDS={folder}/output/train_folds.csv')
+    tasks = [
+        start(
+            'Lightning_trainer.py',
+            *words,
+            f'FOLDS=[{n}]',
+            variables=SRUN | {'SLURM_PROCID': str(n)},
+        )
+        for n in (0, 1)
+    ]
+    results = [finish(task) for task in tasks]
+    salloc = {'SLURM_NTASKS': '2', 'SLURM_JOB_ID': '1', 'SLURM_JOB_NAME': 'job'}
+    results.append(run_script('Lightning_trainer.py', *words, 'FOLDS=[2]', variables=salloc))
+    for result in results:
+        assert result.returncode == 0 and result.stderr == '', result.stderr
+        assert 'epoch   1/1' in result.stdout
+    assert pd.read_csv(tmp_path / 'output/models.csv').fold.tolist() == [0, 1, 2]
+    assert len(list((tmp_path / 'logs').glob('version_*'))) == 3
 
 
 def test_more_processes_than_batches(uneven, tmp_path):

@@ -17,7 +17,7 @@ import Lightning_trainer
 import metrics
 import model_dispatcher
 import runtime
-from Lightning_module import CarvanaModel, NotFinite
+from Lightning_module import CarvanaModel
 
 START = 2.0**26  # a scale at which the first steps overflow
 WORDS = ['MODEL_NAME=tiny', 'TRAIN_BATCH_SIZE=2', 'EPOCHS=3', 'PRECISION=16']  # 8 images: 12 steps
@@ -38,7 +38,7 @@ def train(folder, *words):
     Lightning_trainer.train_fold(0)
 
 
-def test_skipped_steps_move_neither_weights_nor_schedule_and_are_no_nan(float16, monkeypatch):
+def test_skipped_steps_do_not_move_the_weights_and_are_no_nan(float16, monkeypatch):
     scales, step = [], CarvanaModel.optimizer_step
 
     def watch(self, *args, **kwargs):
@@ -46,7 +46,7 @@ def test_skipped_steps_move_neither_weights_nor_schedule_and_are_no_nan(float16,
         scales.append(self.trainer.precision_plugin.scaler.get_scale())
 
     monkeypatch.setattr(CarvanaModel, 'optimizer_step', watch)
-    train(float16)  # no NotFinite
+    train(float16)  # no NaN is told
     skipped = sum(after < before for before, after in zip([START, *scales], scales))
     grown = sum(after > before for before, after in zip([START, *scales], scales))
     assert len(scales) == 12 and 2 < skipped < 10 and grown > 0
@@ -54,11 +54,11 @@ def test_skipped_steps_move_neither_weights_nor_schedule_and_are_no_nan(float16,
     assert state['MixedPrecision']['scale'] == scales[-1] == START * 2.0 ** (grown - skipped)
     steps = int(state['optimizer_states'][0]['state'][0]['step'])
     assert steps == 12 - skipped
-    assert state['lr_schedulers'][0]['last_epoch'] == steps
+    assert state['lr_schedulers'][0]['last_epoch'] == 12  # also at the skipped steps
     assert all(weight.isfinite().all() for weight in state['state_dict'].values())
 
 
-@pytest.mark.parametrize('words', [['EMA=0.99'], ['GRADIENT_CLIP=0.1', 'SCHEDULE=onecycle']])
+@pytest.mark.parametrize('words', [[], ['GRADIENT_CLIP=0.1', 'SCHEDULE=poly']])
 def test_resumed_to_the_bit_with_the_scaler(float16, words):
     train(float16, *words, f'LOGS_PATH={float16}/whole/logs')
     for stop in (1, 2):
@@ -94,7 +94,8 @@ def test_a_real_nan_is_told(float16, monkeypatch):
         return model
 
     monkeypatch.setitem(model_dispatcher.MODELS, 'tiny', broken)
-    with pytest.raises(NotFinite, match=r"PRECISION='bf16' \(or 32\) instead of 16"):
+    told = r"run again with RESUME=True PRECISION='bf16' \(or 32\), or start again with a lower LR"
+    with pytest.raises(config.UserMistake, match=told):
         train(float16)
     assert not files.models_file().exists()
 

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import safetensors.torch
 import torch
-from conftest import Evil, settings
+from conftest import SRC, Evil, run_script, settings
 from segmentation_models_pytorch.encoders import get_encoder
 
 import command_line
@@ -80,6 +80,29 @@ def test_without_a_connection_the_message_says_what_to_set(monkeypatch):
     monkeypatch.setattr('segmentation_models_pytorch.encoders.hf_hub_download', refuse)
     with pytest.raises(config.UserMistake, match='no route to the hub.*weights file.*None'):
         model_dispatcher.build_model('smp_unet_resnet18', weights='imagenet')
+
+
+def test_a_wrong_proxy_is_told_and_not_the_model(tmp_path):
+    """The hub's client does not take the scheme: another type of error than without a network."""
+    proxy = {'ALL_PROXY': 'socks://127.0.0.1:9', 'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '0'}
+    words = ['MODEL_NAME=smp_linknet_resnet18', 'ENCODER_WEIGHTS=imagenet']
+    code = 'import sys, config, command_line, model_dispatcher as m\n'
+    code += 'command_line.run(lambda: m.build_model(config.MODEL_NAME, config.ENCODER_WEIGHTS), "")'
+    script = tmp_path / 'build.py'
+    script.write_text(f'import sys; sys.path.insert(0, {str(SRC)!r})\n{code}')
+    result = run_script(script, *words, variables=proxy)
+    assert result.returncode == 1 and 'cannot be built' not in result.stderr
+    assert 'the weights of resnet18 could not be downloaded, with the proxy that' in result.stderr
+    assert 'ALL_PROXY' in result.stderr and 'set a weights file' in result.stderr
+
+
+def test_grey_images_get_the_sum_of_the_first_layer(tmp_path, capsys):
+    donor = get_encoder('resnet18')
+    torch.save(donor.state_dict(), tmp_path / 'w.pth')
+    model = model_dispatcher.build_model('smp_unet_resnet18', str(tmp_path / 'w.pth'), channels=1)
+    assert torch.equal(model.encoder.conv1.weight, donor.conv1.weight.sum(1, keepdim=True))
+    told = capsys.readouterr().out
+    assert '100 of 100 encoder tensors' in told and 'left random' not in told
 
 
 def test_pretrained_weights_come_through_the_hub(tmp_path, monkeypatch):

@@ -27,8 +27,8 @@ import runtime
 def ready(carvana):
     """Folds made, and an earlier result in models.csv."""
     folds.main()
-    history = [{'epoch': 0, 'val_dice': 0.5, 'val_iou': 0.4}]
-    files.enter_model(3, carvana / 'logs/version_0', carvana / 'old.ckpt', history)
+    scores = {'epoch': 0, 'val_dice': 0.5, 'val_iou': 0.4}
+    files.enter_model(3, 'version_0', carvana / 'old.ckpt', scores)
     return carvana
 
 
@@ -37,6 +37,8 @@ def leave_checkpoint(folder, data: bytes) -> None:
     config.RESUME = True
     file = folder / 'logs/version_1/checkpoints/last.ckpt'
     file.parent.mkdir(parents=True)
+    (file.parent.parent / 'hparams.yaml').write_text('val_folds: [0]\n')
+    file.with_name('best.ckpt').write_bytes(b'')
     file.write_bytes(data)
 
 
@@ -106,7 +108,7 @@ def test_three_processes_that_enter_models_lose_none(ready):
         'from pathlib import Path\n'
         'for fold in range(start, start + 20):\n'
         '    epoch = {"epoch": 0, "val_dice": 0.5, "val_iou": 0.4}\n'
-        '    files.enter_model(fold, Path("version_0"), Path("x.ckpt"), [epoch])\n'
+        '    files.enter_model(fold, "version_0", Path("x.ckpt"), epoch)\n'
     )
     processes = [
         subprocess.Popen([sys.executable, '-c', code, str(start)]) for start in (100, 200, 300)
@@ -158,9 +160,16 @@ def test_out_of_gpu_memory_says_what_to_try():
     with told, runtime.explain_errors():
         raise torch.OutOfMemoryError('CUDA out of memory')
     config.TRAIN_BATCH_SIZE = 1
-    told = pytest.raises(config.UserMistake, match=r'try CROP_SIZE=\(768, 768\)')
-    with told, runtime.explain_errors():
-        raise torch.OutOfMemoryError('CUDA out of memory')
+    for error in (
+        torch.OutOfMemoryError('CUDA out of memory'),
+        RuntimeError('CUDA error: out of memory'),
+        RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'),
+        RuntimeError('cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED'),
+        RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'),
+    ):
+        told = pytest.raises(config.UserMistake, match=r'try CROP_SIZE=\(768, 768\)')
+        with told, runtime.explain_errors():
+            raise error
 
 
 def test_out_of_gpu_memory_in_the_tester_says_what_to_try():

@@ -20,7 +20,7 @@ def main() -> None:
     runtime.hide_warnings()
     pl.seed_everything(3, verbose=False)
     model = CarvanaModel([1, 2], [0])
-    trainer = runtime.quiet_trainer()
+    trainer = runtime.make_trainer()
     trainer.validate(model, verbose=False)
     if trainer.is_global_zero:
         scores = {name: value.item() for name, value in trainer.callback_metrics.items()}
