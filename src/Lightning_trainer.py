@@ -1,7 +1,7 @@
 """Step 2: train one model for each fold in FOLDS.
 
 Reads   TRAIN_FOLDS, TRAIN_PATH, MASK_PATH (IMAGE_PREFIX, IMAGE_SUFFIX, MASK_PREFIX, MASK_SUFFIX,
-        TRAIN_CSV, EMPTY_IF_NO_MASK, MASK_COLOURS); ENCODER_WEIGHTS.
+        TRAIN_CSV, RLE_ORDER, EMPTY_IF_NO_MASK, MASK_COLOURS); ENCODER_WEIGHTS.
 Writes  LOGS_PATH/version_#/ for each fold: checkpoints (best by val_dice, and last.ckpt),
         hparams.yaml, metrics.csv, TensorBoard events, curves.png, profile.txt;
         OUTPUT/models.csv: fold,version,checkpoint,val_dice,val_iou; OUTPUT/cache with CACHE.
@@ -42,7 +42,6 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 import callbacks
 import command_line
 import config
-import dice_loss
 import files
 import folds
 import model_dispatcher
@@ -211,13 +210,6 @@ def print_start(fold: int, table: pd.DataFrame, items: int, model, trainer: pl.T
         lines['warning'] = (
             f'only {steps} optimizer step{"s" * (steps > 1)} per epoch: set a smaller '
             f'ACCUMULATE_GRAD_BATCHES: {max(1, batches // 10)} gives {min(batches, 10)} or more'
-        )
-    needs_object = config.LOSS in dice_loss.NEED_AN_OBJECT
-    share = folds.empty_share(table.img.tolist()) if needs_object else 0
-    if share > 0.1:
-        lines['empty'] = (
-            f'{share:.0%} of the masks in a sample have no object. {config.LOSS} learns '
-            'nothing from them: set LOSS=DC_and_CE_loss'
         )
     print('\n'.join(f'{key:10s}{value}' for key, value in lines.items()), flush=True)
 

@@ -10,11 +10,6 @@ import torch
 import config
 from ND_Crossentropy import LOSSES, TopKLoss, loss, safe_pow
 
-# These losses have almost no gradient on an image without an object.
-NEED_AN_OBJECT = (
-    'SoftDiceLoss', 'IoULoss', 'TverskyLoss', 'FocalTversky_loss', 'AsymLoss', 'MCCLoss',
-)  # fmt: skip
-
 
 def soft_counts(pixels, batch_dice, do_bg, background=False, squared=False):
     """tp, fp, fn, tn, each (N, K), or (1, K) with batch_dice; of p^2 and (1 - p)^2 if squared."""
