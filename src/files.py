@@ -225,7 +225,7 @@ def nothing_found(constant: str) -> config.UserMistake:
     expected = f'{getattr(config, prefix) if prefix else ""}*{getattr(config, suffix)}'
     return config.UserMistake(
         f'{folder}: no file {expected}, found {count_endings(walk(folder))}: set '
-        f'{", ".join(filter(None, [constant, prefix, suffix]))} to image files, such as .png'
+        f'{" or ".join(filter(None, [constant, prefix, suffix]))} to image files, such as .png'
     )
 
 

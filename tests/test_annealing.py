@@ -3,18 +3,16 @@
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import Tiny, last_checkpoint, run_script, save_mask_gif, settings
+from conftest import Tiny, last_checkpoint, run_script, settings
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import callbacks
 import command_line
 import config
-import dice_loss
 import files
 import folds
 import Lightning_tester
@@ -281,31 +279,6 @@ def test_the_tester_refuses_weights_that_are_not_finite(ready):
 
 
 # ------------------------------------------------------------ what is said and kept
-@pytest.mark.parametrize(('empty', 'loss', 'told'), [(1, 'IoULoss', ''), (2, 'IoULoss', '20% of'),
-                                                     (2, 'CE', '')])  # fmt: skip
-def test_empty_masks_ask_for_another_loss(ready, capsys, empty, loss, told):
-    for file in sorted((ready / 'input/train_masks').iterdir())[:empty]:  # of 10
-        save_mask_gif(file, np.zeros((48, 64), np.uint8))
-    train(f'LOSS={loss}')
-    out = capsys.readouterr().out
-    assert ('set LOSS=DC_and_CE_loss' in out) == bool(told) and told in out
-
-
-def test_the_losses_that_need_an_object_are_those_without_a_gradient():
-    torch.manual_seed(0)
-    start, y = torch.randn(1, 1, 128, 128), torch.arange(128)
-    disc = ((y - 64) ** 2 + (y[:, None] - 64) ** 2 < 900).long()[None]
-    weak = set()
-    for name in dice_loss.LOSSES:
-        sums = []
-        for mask in (disc * 0, disc):
-            logits = start.clone().requires_grad_()
-            dice_loss.build_loss(name)(logits, mask).backward()
-            sums.append(logits.grad.abs().sum())
-        weak |= {name} if sums[0] < 0.01 * sums[1] else set()
-    assert weak == set(dice_loss.NEED_AN_OBJECT)
-
-
 def test_tensorboard_shows_the_runs_with_their_score(ready):
     train()
     events = EventAccumulator(str(ready / 'logs/version_0')).Reload()
