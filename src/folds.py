@@ -98,7 +98,7 @@ def check_files(names: list[str], pairs: list[tuple]) -> None:
     if differ:
         raise config.UserMistake(
             f'{len(differ)} images and their masks differ in size: {first_few(differ)}: resize the '
-            'masks with nearest-neighbour interpolation'
+            'masks with nearest-neighbour interpolation, or rotate them if their sides are swapped'
         )
     images.print_wide(sizes, config.crop_size()[1], config.SCALE)
     if lossy and config.CLASSES <= 2 and config.MASK_COLOURS is None:

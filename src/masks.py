@@ -132,15 +132,20 @@ def stored_values(file, image: Image.Image, classes: int, size) -> np.ndarray:
             f'{file}: index 0 of its palette is {colours[0]}, not black: set '
             f'MASK_COLOURS=[background, object], two of {first_few(colours, 3)}'
         )
-    if image.mode == 'P' and not colours:
-        image = image.convert('L')
-    elif image.mode.startswith('I;16'):
+    if image.mode.startswith('I;16'):
         image = image.convert('I')
     elif image.mode in ('LA', 'PA', 'RGBA'):
         image = image.convert('RGB')
     values = nearest(np.array(image), size)  # resize first: the rest is then faster
+    if image.mode == '1':
+        return values.astype(np.uint8)
+    if image.mode == 'P' and not colours:
+        greys = np.zeros(256, np.uint8)
+        levels = image.getpalette()[::3]
+        greys[: len(levels)] = levels
+        return cv2.LUT(values, greys)
     if values.ndim == 2:
-        return values.astype(np.uint8) if image.mode == '1' else values
+        return values
     red, green, blue = cv2.split(values)
     if np.array_equal(red, green) and np.array_equal(red, blue):
         return red

@@ -1,6 +1,7 @@
 """What files mean, kind by kind: each test draws its own input and asserts the right value."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -467,6 +468,70 @@ def test_files_that_nobody_uses_are_counted(own, capsys):
     told = capsys.readouterr().out
     assert '4 files in TRAIN_PATH are not used (.png 3, .txt 1): IMAGE_SUFFIX is' in told
     assert '3 files in MASK_PATH are not used (.png 2, without ending 1): MASK_SUFFIX is' in told
+
+
+MIXED = {
+    'two folders': {},
+    'one suffix, one list': {'IMAGE_SUFFIX': ['.jpg', '.png'], 'TEST_SUFFIX': ['.jpg', '.png']},
+    'longer masks': {'MASK_SUFFIX': '_mask.png'},
+    'one folder': {'MASK_SUFFIX': '_mask.png', 'MASK_PATH': 'img'},
+    'shorter masks in one folder': {'IMAGE_SUFFIX': '_mask.png', 'MASK_PATH': 'img'},
+    'prefixes': {'IMAGE_PREFIX': 'im_', 'MASK_PREFIX': 'm_', 'MASK_PATH': 'img'},
+}
+
+
+@pytest.mark.parametrize('table', [False, True])
+@pytest.mark.parametrize('kind', MIXED)
+def test_each_file_is_used_or_skipped_by_rule_or_counted(own, capsys, kind, table):
+    words = {name: value for name, value in MIXED[kind].items() if name != 'MASK_PATH'}
+    vars(config).update(words)
+    if 'MASK_PATH' in MIXED[kind]:
+        config.MASK_PATH = config.TRAIN_PATH
+    image_folder, mask_folder, test = (
+        config.path(p) for p in (config.TRAIN_PATH, config.MASK_PATH, config.TEST_PATH)
+    )
+    for folder in {image_folder, mask_folder, test}:
+        for name in (
+            'notes.txt',
+            'sub/Thumbs.db',
+            'y.jfif',
+            'README',
+            '.hidden',
+            '@eaDir/0.png',
+            '._0.png',
+        ):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(b'x')
+    image_ending, mask_ending = config.endings(config.IMAGE_SUFFIX)[-1], config.MASK_SUFFIX
+    for number in range(6):
+        for folder, prefix, ending in (
+            (image_folder, config.IMAGE_PREFIX, image_ending),
+            (mask_folder, config.MASK_PREFIX, mask_ending),
+            (test, '', '.png'),
+            (test, '', '_mask.png'),
+        ):
+            Image.fromarray(MASK).save(folder / f'{prefix}{number}{ending}')
+    if table:
+        config.TRAIN_CSV = str(own.folder / 'train.csv')
+        (own.folder / 'train.csv').write_text('img\n' + ''.join(f'{n}\n' for n in range(4)))
+    folds.main()
+    used = {file for pair in files.pairs_of(folds.image_names()) for file in pair}
+    predicted = predictor.list_test_files(MODEL)
+    told = capsys.readouterr().out
+    counted = {
+        c: int(n) for n, c in re.findall(r'^(\d+) files in (\w+) are not', told, re.MULTILINE)
+    }
+    for constant, names in (('TRAIN_PATH', used), ('MASK_PATH', used), ('TEST_PATH', predicted)):
+        folder = config.path(getattr(config, constant))
+        here = [file for file in folder.rglob('*') if file.is_file()]
+        skipped = [
+            file for file in here if {'.', '@'} & {p[0] for p in file.relative_to(folder).parts}
+        ]
+        if constant == 'MASK_PATH' and mask_folder == image_folder:
+            continue
+        assert len(skipped) == 3
+        assert len(set(here) & set(names)) + len(skipped) + counted[constant] == len(here)
+    assert len(used) == (8 if table else 12)
 
 
 def test_a_folder_is_listed_once_in_a_process(own):
