@@ -51,12 +51,12 @@ def unreadable(file, error) -> config.UserMistake:
     elif start.isascii() and b'\0' not in start:
         reason = 'it is a text file'
     elif start[:3] in (b'II*', b'MM\0', b'II+'):
-        reason = 'a TIFF of a kind that Pillow does not read, such as 64 bits or many bands: save it as PNG'
+        reason = (
+            'a TIFF that Pillow does not read, of 64 bits, many bands or the like: save it as PNG'
+        )
     else:
         reason = 'of a format that Pillow does not know: save it as PNG'
-    return config.UserMistake(
-        f'{file}: not a readable image ({reason}): replace it, as PNG or JPEG, or remove it'
-    )
+    return config.UserMistake(f'{file}: not a readable image ({reason}): replace or remove it')
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import SRC, draw_ellipse, model_of
 from PIL import Image
 
@@ -21,6 +22,7 @@ import images
 import Lightning_tester
 import masks
 import predictor
+from Lightning_module import CarvanaModel
 
 MODEL = model_of((32, 32, 3))
 MASK = np.zeros((20, 30), np.uint8)
@@ -251,10 +253,7 @@ def test_what_is_no_image_is_told_in_true_words(tmp_path):
     tags = b''.join(struct.pack('<HHII', tag, kind, 1, value) for tag, kind, value in entries)
     tiff = b'II*\0' + struct.pack('<I', 40) + bytes(32) + struct.pack('<H', len(entries)) + tags
     written = {
-        'whole numbers of 64 bits.tif': (
-            tiff + bytes(4),
-            'a TIFF of a kind that Pillow does not read',
-        ),
+        'whole numbers of 64 bits.tif': (tiff + bytes(4), 'a TIFF that Pillow does not read'),
         'pointer.png': (b'version https://git-lfs.github.com/spec/v1\n', 'a Git LFS pointer'),
         'link.png': (b'../elsewhere/002.png\n', 'it is a text file'),
         'array.npy': (b'\x93NUMPY\x01\0v\0', 'of a format that Pillow does not know'),
@@ -680,6 +679,41 @@ def test_a_training_image_that_is_gone_is_told_in_one_line(own):
 
 class ModelStub:
     image_digests = None
+
+
+def test_the_submission_has_the_order_of_run_lengths(own, monkeypatch):
+    """Read back by its order, it gives the same masks; so does the picture of the samples."""
+    config.MODEL_NAME, config.ENCODER_WEIGHTS, config.ACCELERATOR = 'smp_unet_resnet18', None, 'cpu'
+    config.NUM_WORKERS, config.PATH = 0, __file__  # it stands for the checkpoint
+    torch.manual_seed(0)
+    model, shown = CarvanaModel([1], [0]).eval(), []
+    own('a', draw_ellipse(np.random.default_rng(3))[0], None, folder='test')
+    draw = Lightning_tester.plots.samples
+    monkeypatch.setattr(
+        Lightning_tester.plots,
+        'samples',
+        lambda found, n: shown.append(found['a.png'][1]) or draw(found, n),
+    )
+    texts = []
+    for config.RLE_ORDER in ('rows', 'columns'):
+        Lightning_tester.predict_test({0: model}, 0.5, predictor.list_test_files(model))
+        texts.append(pd.read_csv(own.folder / 'out/submission.csv').rle_mask[0])
+    assert texts[0] != texts[1]
+    assert np.array_equal(masks.rle_decode(texts[0], (48, 64)), shown[0]) and shown[0].any()
+    assert np.array_equal(masks.rle_decode(texts[1], (48, 64), 'columns'), shown[0])
+    assert np.array_equal(shown[0], shown[1])
+
+
+def test_a_run_with_another_order_of_run_lengths_is_not_resumed():
+    saved = config.constants()
+    config.RLE_ORDER = 'columns'
+    assert config.differing_constants(saved, config.constants()) == ['RLE_ORDER']
+    command_line.check()
+    config.RLE_ORDER = 'diagonal'
+    with pytest.raises(
+        config.UserMistake, match="RLE_ORDER='diagonal': must be 'rows' or 'columns'"
+    ):
+        command_line.check()
 
 
 # ------------------------------------------------------------ G. names that cannot be written
