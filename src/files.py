@@ -1,5 +1,6 @@
 """Files: atomic writes, locks, tables; images and masks found by their names, and paired."""
 
+import hashlib
 import os
 import re
 import tempfile
@@ -25,8 +26,8 @@ HIDDEN = ('.', '@', '__MACOSX')  # files and folders that systems add, such as .
 # Line ends, and half characters, which stand for bytes that are not UTF-8.
 CONTROL_CHARACTERS = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
 TABLE_HELP = (
-    'one row for each image, columns img and, for run lengths, rle_mask; README.md, "Your own '
-    'images", has three lines of pandas for other tables'
+    'one row for each image, in columns img and rle_mask; three lines of pandas in README.md, '
+    '"Your own images", make one from other tables'
 )
 MODEL_COLUMNS = ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']  # of models.csv
 
@@ -35,7 +36,8 @@ MODEL_COLUMNS = ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']  # of m
 def atomic_write(file: Path, ending: str = '.tmp'):
     """Yield a path beside `file` to write to. It is renamed to `file` if the block succeeds."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ending)  # fixed, so the next run overwrites it
+    # Fixed, so the next run overwrites it; and short, as file.name may be as long as a name can be.
+    temporary = file.with_name(hashlib.sha256(file.name.encode()).hexdigest()[:16] + ending)
     try:
         yield temporary
         temporary.replace(file)
@@ -183,8 +185,8 @@ def list_files(constant: str, required: bool = True) -> dict[str, Path]:
     If a file could be an image or a mask, the longer prefix and suffix decide: x_mask.png is the
     mask of x.png. If masks have their own folder, this applies only if x.png is there too.
 
-    Raises config.UserMistake if there is no file (and one is required), if two files have the same
-    name, if a name has control characters, or if a file may be an image as well as a mask.
+    Raises config.UserMistake for two files of one name, a file that may be both, control characters
+    in a name, or (if `required`) no file.
     """
     folder = config.path(getattr(config, constant))
     other = 'TRAIN_PATH' if constant == 'MASK_PATH' else 'MASK_PATH'
@@ -196,21 +198,20 @@ def list_files(constant: str, required: bool = True) -> dict[str, Path]:
         other_name, other_length = fit(file, other)
         if name is None or (other_length > length and (shared or other_name in names)):
             continue
+        problem = ''
         if shared and other_length == length:
-            raise config.UserMistake(
-                f'{folder / file}: an image or a mask? IMAGE_SUFFIX={config.IMAGE_SUFFIX!r} and '
-                f'MASK_SUFFIX={config.MASK_SUFFIX!r} both fit it: set different ones, or move the '
-                'masks to their own MASK_PATH, one for each image: merge the masks of its objects'
+            problem = (
+                'may be an image or a mask: set another IMAGE_SUFFIX, MASK_SUFFIX or MASK_PATH; each '
+                'image has one mask file: merge the masks of its objects'
             )
-        if name in found:
-            first = found[name].relative_to(folder)
-            raise config.UserMistake(
-                f'{folder}: two files have the same name: {first} and {file}: rename or remove one'
+        elif name in found:
+            problem = (
+                f'and {found[name].relative_to(folder)} have the same name: rename or remove one'
             )
-        if CONTROL_CHARACTERS.search(file):
-            raise config.UserMistake(
-                f'{folder}: the file name {file!r} has control characters or is not UTF-8: rename it'
-            )
+        elif CONTROL_CHARACTERS.search(file):
+            problem = 'has control characters or is not UTF-8: rename it'
+        if problem:
+            raise config.UserMistake(f'{folder}: {file!r} {problem}')
         found[name] = folder / file
     if required and not found:
         raise nothing_found(constant)
@@ -224,8 +225,8 @@ def nothing_found(constant: str) -> config.UserMistake:
         return config.UserMistake(f'{folder}: no such folder: set {constant} or INPUT')
     expected = f'{getattr(config, prefix) if prefix else ""}*{getattr(config, suffix)}'
     return config.UserMistake(
-        f'{folder}: no file {expected}, found {count_endings(walk(folder))}: set '
-        f'{" or ".join(filter(None, [constant, prefix, suffix]))} to image files, such as .png'
+        f'{folder}: no file {expected}, found {count_endings(walk(folder))}: set {constant} or '
+        f'{suffix} to image files, such as .png'
     )
 
 
@@ -237,11 +238,11 @@ def count_endings(names) -> str:
 
 def print_unused(constant: str, used, what: str) -> None:
     """Print one line that counts the files in a folder of config.py that are not in `used`."""
-    folder, suffix = config.path(getattr(config, constant)), NAMING[constant][1]
+    folder, suffix = config.path(getattr(config, constant)), getattr(config, NAMING[constant][1])
     unused = [file for file in walk(folder) if folder / file not in used]
     if unused:
-        counts = f'{len(unused)} files in {constant} are not {what} ({count_endings(unused)})'
-        print(f'{counts}: {suffix} is {getattr(config, suffix)!r}')
+        endings = f'({count_endings(unused)}; {NAMING[constant][1]} is {suffix!r})'
+        print(f'{len(unused)} files in {constant} are not {what} {endings}')
 
 
 # ------------------------------------------------------------ training images and their masks
@@ -291,8 +292,8 @@ def pairs_of(names) -> list[tuple[Path, Path | Runs]]:
         )
         if len(missing) == len(names):
             remedy = (
-                'an image and its mask have the same name between IMAGE_PREFIX and IMAGE_SUFFIX, and '
-                f'MASK_PREFIX and MASK_SUFFIX: set these; a mask here is {next(iter(mask_files))}'
+                f'a mask here has the name {next(iter(mask_files))}: without prefix and suffix, names '
+                'must be the same: set IMAGE_PREFIX, IMAGE_SUFFIX, MASK_PREFIX and MASK_SUFFIX'
             )
         raise config.UserMistake(
             f'{len(missing)} images have no mask in MASK_PATH: {first_few(missing)}: {remedy}'
@@ -301,12 +302,23 @@ def pairs_of(names) -> list[tuple[Path, Path | Runs]]:
 
 
 def run_lengths(names: list[str], image_files: dict) -> dict[str, Runs]:
-    """Name -> Runs of images without a mask file: from TRAIN_CSV, or empty with EMPTY_IF_NO_MASK.
+    """Name -> Runs of images without a mask file: from TRAIN_CSV, or empty with EMPTY_IF_NO_MASK."""
+    texts = {}
+    if config.EMPTY_IF_NO_MASK:
+        refuse_numbered_masks(image_files)
+        texts = dict.fromkeys(names, '')
+    if is_file(config.TRAIN_CSV):
+        texts |= {name: text for name, text in train_rows() if text is not None}
+    return {
+        name: Runs(image_files[name], texts[name], config.RLE_ORDER)
+        for name in names
+        if name in texts
+    }
 
-    Raises config.UserMistake if EMPTY_IF_NO_MASK would hide masks such as x_mask_1.png.
-    """
-    texts = dict.fromkeys(names, '' if config.EMPTY_IF_NO_MASK else None)
-    for file in walk(config.path(config.MASK_PATH)) if config.EMPTY_IF_NO_MASK else ():
+
+def refuse_numbered_masks(image_files: dict) -> None:
+    """Raise config.UserMistake if EMPTY_IF_NO_MASK would hide x_mask_1.png, a mask of x.png."""
+    for file in walk(config.path(config.MASK_PATH)):
         without_number = re.sub(r'[-_ ]?\(?\d+\)?(?=\.\w+$)', '', file)
         name = fit(without_number, 'MASK_PATH')[0]
         if name in image_files and fit(file, 'MASK_PATH')[0] not in image_files:
@@ -314,14 +326,6 @@ def run_lengths(names: list[str], image_files: dict) -> dict[str, Runs]:
                 f'{file} in MASK_PATH: the image {name} has more than one mask, and '
                 'EMPTY_IF_NO_MASK would hide them: merge the masks of each image into one file'
             )
-    for name, text in train_rows() if is_file(config.TRAIN_CSV) else ():
-        if name in texts and text is not None:
-            texts[name] = text
-    return {
-        name: Runs(image_files[name], text, config.RLE_ORDER)
-        for name, text in texts.items()
-        if text is not None
-    }
 
 
 def read_folds(folds: list[int] | None = None) -> pd.DataFrame:

@@ -29,6 +29,7 @@ import masks
 from files import Runs, first_few, is_file, list_files, read_folds
 
 MASKS_DECODED = 500  # at most this many masks are decoded here; the first epoch decodes all
+BAR = {'disable': None, 'leave': False}  # of tqdm: on a terminal, until it is complete
 
 
 def main() -> None:
@@ -73,32 +74,29 @@ def check_files(names: list[str], pairs: list[tuple]) -> None:
             f'{len(unpaired)} masks have no image in TRAIN_PATH: {first_few(unpaired)}: set '
             'IMAGE_SUFFIX or IMAGE_PREFIX to match the image names, or move the masks away'
         )
-    sizes, differ, rotated, lossy = [], [], [], 0
-    for name, (image_file, mask_file) in zip(
-        tqdm(names, 'headers', disable=None, leave=False), pairs
-    ):
+    sizes, differ, rotated, lossy = [], {}, [], 0
+    for name, (image_file, mask_file) in zip(tqdm(names, 'headers', **BAR), pairs):
         image = images.check(image_file)
         sizes.append(image.size)
         if isinstance(mask_file, Runs):
             continue
         mask = masks.check(mask_file)
         lossy += mask.format in masks.LOSSY
-        rotated_apart = image.orientation != mask.orientation
-        if image.size != mask.size and rotated_apart:
-            raise config.UserMistake(
-                f'{name}: EXIF turns only one of image and mask (orientation {image.orientation} and '
-                f'{mask.orientation}), so they do not fit: remove the EXIF orientation from both files '
+        if image.orientation != mask.orientation:
+            rotated.append(name)
+        if image.size != mask.size:
+            height, width, mask_height, mask_width = *image.size, *mask.size
+            differ[name] = f'{name} ({width}x{height} and {mask_width}x{mask_height})'
+    if differ:
+        remedy = 'resize the masks with nearest-neighbour interpolation, or rotate them'
+        if differ.keys() & set(rotated):
+            remedy = (
+                'EXIF turns only one of image and mask: remove the EXIF orientation from both '
                 '(exiftool -Orientation= FILE), then check them with test_dataset.py'
             )
-        if image.size != mask.size:
-            shown = [f'{width}x{height}' for height, width in (image.size, mask.size)]
-            differ.append(f'{name} ({" and ".join(shown)})')
-        if rotated_apart:
-            rotated.append(name)
-    if differ:
+        shown = first_few([*differ.values()])
         raise config.UserMistake(
-            f'{len(differ)} images and their masks differ in size: {first_few(differ)}: resize the '
-            'masks with nearest-neighbour interpolation, or rotate them if their sides are swapped'
+            f'{len(differ)} images and their masks differ in size: {shown}: {remedy}'
         )
     images.print_wide(sizes, config.crop_size()[1], config.SCALE)
     if lossy and config.CLASSES <= 2 and config.MASK_COLOURS is None:
@@ -136,9 +134,7 @@ def decode_masks(names: list[str], pairs: list[tuple]) -> dict[str, tuple]:
     """
     step = -(-len(names) // MASKS_DECODED)
     values = {}
-    for name, (_, file) in zip(
-        tqdm(names[::step], 'masks', disable=None, leave=False), pairs[::step]
-    ):
+    for name, (_, file) in zip(tqdm(names[::step], 'masks', **BAR), pairs[::step]):
         values[name] = masks.values_in(masks.read_mask(file, *masks.settings()))
     ignored = masks.ignored_value(config.IGNORE_INDEX)
     seen = set().union(*values.values())

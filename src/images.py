@@ -119,40 +119,41 @@ def size_of(file) -> tuple[int, int]:
         return shown_size(image)
 
 
-def check(file) -> Header:
-    """The Header of an image file that passes check_pixels and read_header."""
-    with opened(file) as image:
-        check_pixels(file, image)
-        return read_header(file, image)
-
-
 def check_pixels(file, image: Image.Image) -> None:
     """Raise config.UserMistake for pixels other than RGB or grey with 8 bits per channel."""
-    if image.mode in PLAIN_MODES and bits(image) <= 8:
-        return
-    kind = f'more than 8 bits per channel ({image.mode})'
-    if image.mode in ('LAB', 'HSV'):
-        kind = f'pixels of the kind {image.mode}'
-    raise config.UserMistake(
-        f'{file}: {kind}: convert it to 8-bit RGB or grey, scaled to the range of values that matters'
-    )
+    if image.mode not in PLAIN_MODES or bits(image) > 8:
+        kind = (
+            'pixels of the kind'
+            if image.mode in ('LAB', 'HSV')
+            else 'more than 8 bits per channel,'
+        )
+        raise config.UserMistake(
+            f'{file}: {kind} {image.mode}: convert it to 8-bit RGB or grey, scaled to the range of '
+            'values that matters'
+        )
 
 
-def read_header(file, image: Image.Image) -> Header:
-    """The Header of an opened image. Raises for a truncated, damaged or animated file."""
-    if image.format not in ('MPO', 'TIFF') and getattr(image, 'is_animated', False):
-        raise config.UserMistake(f'{file}: it is animated: save one frame of it')
-    header = Header(shown_size(image), orientation(image), image.format)
-    with Path(file).open('rb') as raw:
-        if image.format == 'PNG':
-            with Image.open(raw) as unread:
-                unread.verify()  # checksums: decoding does not notice zeros in place of data
-            return header
-        last = LAST_BYTES.get(image.format, b'')
-        raw.seek(-len(last), os.SEEK_END)
-        if not last or raw.read() != last:  # truncated, or something follows the image
-            image.load()
-    return header
+def check(file, check_kind=check_pixels) -> Header:
+    """The Header of an image file that is neither truncated, damaged nor animated.
+
+    Args:
+        check_kind: called with the file and the opened image; raises if they cannot be used.
+    """
+    with opened(file) as image:
+        check_kind(file, image)
+        if image.format not in ('MPO', 'TIFF') and getattr(image, 'is_animated', False):
+            raise config.UserMistake(f'{file}: it is animated: save one frame of it')
+        header = Header(shown_size(image), orientation(image), image.format)
+        with Path(file).open('rb') as raw:
+            if image.format == 'PNG':
+                with Image.open(raw) as unread:
+                    unread.verify()  # checksums: decoding does not notice zeros in place of data
+                return header
+            last = LAST_BYTES.get(image.format, b'')
+            raw.seek(-len(last), os.SEEK_END)
+            if not last or raw.read() != last:  # truncated, or something follows the image
+                image.load()
+        return header
 
 
 def print_wide(sizes: list[tuple], width: int, scale: float | None) -> None:

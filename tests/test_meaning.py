@@ -95,7 +95,9 @@ def test_a_mask_turned_as_its_image_fits_and_one_that_is_not_is_told(own, capsys
     image, mask = dataset.read_pair(*files.pairs_of(['0'])[0], (30, 20), 3, *masks.settings())
     assert np.array_equal(image[..., 0] > 60, mask == 1) and mask.any()
     own('0', **turned(6))
-    with pytest.raises(config.UserMistake, match=r'0: EXIF turns only one .*6 and 1.*exiftool'):
+    with pytest.raises(
+        config.UserMistake, match=r'0 \(20x30 and 30x20\): EXIF turns only one .*exiftool'
+    ):
         folds.main()
     for number in range(4):
         own(f'{number}', **turned(3))
@@ -415,7 +417,7 @@ def test_one_listing_for_all_folders(own, capsys):
     assert [file.name for file in predictor.list_test_files(MODEL)] == ['a.png', 'b.PNG']
     told = capsys.readouterr().out
     assert told == (
-        "3 files in TEST_PATH are not predicted (.jfif 1, .jpg 1, .png 1): TEST_SUFFIX is '.png'\n"
+        "3 files in TEST_PATH are not predicted (.jfif 1, .jpg 1, .png 1; TEST_SUFFIX is '.png')\n"
     )
 
 
@@ -447,7 +449,7 @@ def test_a_file_that_may_be_an_image_and_a_mask_is_refused(own):
     """As in DSB2018: x/images/x.png, and a mask for each object in x/masks."""
     own('x/images/x', mask=None)
     own('x/masks/1', MASK, mask=None)
-    told = r'x\.png: an image or a mask\? .*both fit it: .*merge the masks of its objects'
+    told = r'x\.png. may be an image or a mask: .*merge the masks of its objects'
     for link in (config.TRAIN_PATH, str(own.folder / 'link')):
         (own.folder / 'link').unlink(missing_ok=True)
         (own.folder / 'link').symlink_to(config.TRAIN_PATH)
@@ -465,8 +467,8 @@ def test_files_that_nobody_uses_are_counted(own, capsys):
     table.write_text('img\n' + ''.join(f'{n}.png\n' for n in range(4)))
     decide(TRAIN_CSV=str(table))
     told = capsys.readouterr().out
-    assert '4 files in TRAIN_PATH are not used (.png 3, .txt 1): IMAGE_SUFFIX is' in told
-    assert '3 files in MASK_PATH are not used (.png 2, without ending 1): MASK_SUFFIX is' in told
+    assert '4 files in TRAIN_PATH are not used (.png 3, .txt 1; IMAGE_SUFFIX is' in told
+    assert '3 files in MASK_PATH are not used (.png 2, without ending 1; MASK_SUFFIX is' in told
 
 
 MIXED = {
@@ -564,7 +566,7 @@ def test_a_link_that_leads_back_adds_nothing_and_a_picture_is_not_its_own_mask(o
     own('out/picture', mask=None)
     decide()
     assert folds.read_folds().img.tolist() == ['0', '1']
-    with pytest.raises(config.UserMistake, match=r'0\.png: an image or a mask\?'):
+    with pytest.raises(config.UserMistake, match=r'0\.png. may be an image or a mask'):
         decide(MASK_PATH=config.TRAIN_PATH)
     with pytest.raises(config.UserMistake, match=r'TRAIN_CSV=typo\.csv: no such file'):
         decide(TRAIN_CSV='typo.csv')
@@ -629,7 +631,7 @@ def test_an_image_without_a_mask_is_background_for_who_says_so(own):
 def test_masks_named_otherwise_are_told_with_the_constants_of_names(own):
     for number in range(2):
         own(f'image_{number}', mask_name=f'mask_{number}')
-    told = '2 images have no mask .*IMAGE_PREFIX .*MASK_PREFIX.*: set these; a mask here is mask_0'
+    told = '2 images have no mask .*a mask here has the name mask_0: .*IMAGE_PREFIX.*MASK_PREFIX'
     with pytest.raises(config.UserMistake, match=told):
         decide()
     decide(IMAGE_PREFIX='image_', MASK_PREFIX='mask_')
@@ -653,7 +655,7 @@ def test_several_masks_of_an_image_are_told_where_they_would_be_hidden(own, part
 def test_two_files_of_one_name_are_told(own):
     own('0.jpg', mask=None)
     own('0', mask=None)
-    with pytest.raises(config.UserMistake, match=r'have the same name: 0\.jpg and 0\.png'):
+    with pytest.raises(config.UserMistake, match=r'0\.png. and 0\.jpg have the same name'):
         decide(IMAGE_SUFFIX=['.jpg', '.png'])
 
 
