@@ -91,7 +91,7 @@ class CarvanaModel(pl.LightningModule):
         for name in {'classes', 'ignore_index'} & self.hparams.LOSS_ARGS.keys():
             raise config.UserMistake(f'LOSS_ARGS: remove {name}; set {name.upper()} instead')
         # The rule for masks.read_mask, and the value of ignored pixels in the masks.
-        self.mask_rule = tuple(self.hparams[name] for name in masks.RULE)
+        self.mask_rule = tuple(self.hparams[name] for name in masks.CONSTANTS)
         self.ignored = masks.ignored_value(self.hparams.IGNORE_INDEX)
         self.loss = dice_loss.build_loss(
             self.hparams.LOSS,

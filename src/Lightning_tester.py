@@ -4,9 +4,9 @@ Reads   OUTPUT/models.csv and its checkpoints, or the one checkpoint PATH; TRAIN
         images and masks (TRAIN_PATH, MASK_PATH, IMAGE_PREFIX, IMAGE_SUFFIX, MASK_PREFIX, MASK_SUFFIX,
         TRAIN_CSV) of FOLDS; the images of TEST_PATH (TEST_SUFFIX), in the order of TEST_CSV.
 Writes  OUTPUT/oof.csv: img,kfold,dice,iou at each image's own size; oof_worst.png,
-        oof_histogram.png; OUTPUT/submission.csv: img,rle_mask; test_samples.png; with SAVE_MASKS,
-        or several classes, OUTPUT/test_masks/<img>.png; OUTPUT/model_fold#/, each model for
-        smp.from_pretrained.
+        oof_histogram.png; OUTPUT/submission.csv: img,rle_mask (RLE_ORDER); test_samples.png;
+        with SAVE_MASKS, or several classes, OUTPUT/test_masks/<img>.png; OUTPUT/model_fold#/,
+        each model for smp.from_pretrained.
 
 Every model is rebuilt from the constants in its checkpoint. THRESHOLD=None chooses the threshold
 that is best out of fold. TTA also predicts the mirrored image. RESUME continues the test images of
@@ -126,7 +126,7 @@ def score_out_of_fold(models: dict[int, CarvanaModel]) -> float:
     classes = hparams.CLASSES
     thresholds = sorted({*THRESHOLDS, config.THRESHOLD or 0.5}) if classes == 1 else [0.5]
     table, counts = folds.read_folds(list(models)).sort_values(['kfold', 'img']), []
-    pairs = dict(zip(table.img, masks.files_of(table.img)))
+    pairs = dict(zip(table.img, files.pairs_of(table.img)))
     for fold, rows in table.groupby('kfold'):
         runner = predictor.Predictor([models[fold]], thresholds, config.TTA)
         image_files, mask_files = zip(*(pairs[name] for name in rows.img))
@@ -167,7 +167,7 @@ def why_not_scored(models: dict[int, CarvanaModel]) -> str:
         if saved and saved['val'] != folds.digests(fold)['val']:
             return f'fold {fold} of {config.TRAIN_FOLDS} has other images than when it was trained'
     try:
-        masks.files_of(folds.read_folds(list(models)).img)
+        files.pairs_of(folds.read_folds(list(models)).img)
     except config.UserMistake as mistake:
         return str(mistake)
     return ''
@@ -181,7 +181,9 @@ def print_scores(table: pd.DataFrame, note: str) -> None:
     scores.index.name = 'fold'
     scores.loc['all'] = [len(table), table.dice.mean(), table.dice.std(), table.iou.mean()]
     scores['images'] = scores.images.astype(int)
-    print(f"out of fold, at the images' own size{note}\n{files.markdown(scores)}\nworst Dice:")
+    print(f"out of fold, at the images' own size{note}")
+    print(scores.to_string(float_format='%.4f'))
+    print('worst Dice:')
     worst = table.nsmallest(10, 'dice')[['dice', 'img']]
     print(worst.to_string(index=False, header=False, float_format='%.4f'))
 
@@ -193,7 +195,7 @@ def print_classes(counts: torch.Tensor) -> None:
     table = pd.DataFrame({name: values.numpy() for name, values in columns.items()})
     table.index.name = 'class'
     table.loc['mean'] = table.mean()
-    print(files.markdown(table))
+    print(table.to_string(float_format='%.4f'))
 
 
 def draw_out_of_fold(table: pd.DataFrame, pairs: dict, models: dict, threshold: float) -> None:
@@ -240,13 +242,14 @@ def predict_test(models: dict[int, CarvanaModel], threshold: float, test_files: 
     stats = [(str(c), config.path(c).stat().st_mtime_ns) for c in checkpoints]
     runner = predictor.Predictor(list(models.values()), [threshold], config.TTA)
     batches = predictor.ImageBatches(test_files, first)
-    if not predictor.write_submission(runner, batches, [stats, config.FOLDS], mask_folder):
+    state = [stats, config.FOLDS, config.RLE_ORDER]
+    if not predictor.write_submission(runner, batches, state, mask_folder):
         return
     samples, rows = {}, pd.read_csv(output / 'submission.csv', nrows=8)
     for image_file, row in zip(test_files, rows.itertuples()):
         image = images.read_image(image_file)
         if classes == 1:
-            mask = masks.rle_decode(row.rle_mask, image.shape[:2])
+            mask = masks.rle_decode(row.rle_mask, image.shape[:2], config.RLE_ORDER)
         else:
             mask = masks.read_mask(mask_folder / Path(row.img).with_suffix('.png'), classes)
         samples[row.img] = image, mask

@@ -41,6 +41,7 @@ RULES = {
                      == sum(len(c) == 3 and set(c) <= set(range(256)) for c in v)),
     'IMAGE_PREFIX': ('text', lambda v: True),
     'MASK_PREFIX': ('text', lambda v: True),
+    'RLE_ORDER': ("'rows' or 'columns'", lambda v: v in ('rows', 'columns')),
     'N_FOLDS': ('a whole number from 2 up', lambda v: v >= 2),
     'GROUP_REGEX': ('None or a regular expression with one (group)',
                     lambda v: v is None or re.compile(v).groups >= 1),

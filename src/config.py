@@ -47,6 +47,7 @@ IMAGE_PREFIX: str = ''
 MASK_PREFIX: str = ''
 TEST_SUFFIX: str | list = IMAGE_SUFFIX  # of the images to predict
 EMPTY_IF_NO_MASK: bool = False  # treat an image without a mask file as one without an object
+RLE_ORDER: str = 'rows'  # run lengths count pixels along rows; or 'columns'
 
 # ---------------------------------------------------------------- image
 CROP_SIZE: int | tuple = 1024  # size of the model's input: one side, or (height, width)

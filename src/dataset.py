@@ -21,11 +21,10 @@ from torch.utils.data import Dataset, DistributedSampler, default_collate
 
 import config
 import files
-import folds as fold_table
 import images
 import masks
 
-READING = 2  # raise it when files are read differently: older cache files are then not used
+READING = 3  # raise it when files are read differently: older cache files are then not used
 # The original's ShiftScaleRotate: one scale for both axes, a reflected border.
 SHIFT_SCALE_ROTATE = {
     'translate_percent': {'x': (-0.0625, 0.0625), 'y': (-0.0625, 0.0625)},
@@ -56,17 +55,33 @@ AUGMENTATIONS = {
 }
 
 
-def build_augmentation(name: str, channels: int) -> A.Compose:
-    """The transforms of AUGMENTATIONS[name]; those of colour need 3 channels."""
+def build_augmentation(name: str, channels: int) -> list:
+    """New transforms of AUGMENTATIONS[name]; those of colour need 3 channels."""
     if name not in AUGMENTATIONS:
         raise config.UserMistake(
             f'AUGMENTATION={name!r}: {config.did_you_mean(name, AUGMENTATIONS)}valid: '
             f'{", ".join(AUGMENTATIONS)}'
         )
     transforms = copy.deepcopy(AUGMENTATIONS[name])  # each dataset seeds its own
-    return A.Compose(
-        [t for t in transforms if channels == 3 or not isinstance(t, A.HueSaturationValue)]
-    )
+    return [t for t in transforms if channels == 3 or not isinstance(t, A.HueSaturationValue)]
+
+
+def build_crop(height: int, width: int, ignored: int | None) -> list:
+    """Transforms that cut a random crop, of images that are too small with a reflected border.
+
+    A third of the crops hold a pixel of an object, as in nnU-Net (Isensee et al. 2021).
+    """
+    ignore_values = None if ignored is None else [ignored]
+    return [
+        A.PadIfNeeded(height, width, position='top_left', border_mode=cv2.BORDER_REFLECT_101),
+        A.OneOf(
+            [
+                A.RandomCrop(height, width, p=2 / 3),
+                A.CropNonEmptyMaskIfExists(height, width, ignore_values, p=1 / 3),
+            ],
+            p=1,
+        ),
+    ]
 
 
 def seed_augmentation(augment: A.Compose, text: str) -> None:
@@ -79,7 +94,7 @@ def seed_augmentation(augment: A.Compose, text: str) -> None:
         transform.set_random_seed(zlib.crc32(f'{text} {position}'.encode()))
 
 
-def read_pair(image_file: Path, mask_file: Path | masks.Runs, size, channels, *mask_rule) -> tuple:
+def read_pair(image_file: Path, mask_file: Path | files.Runs, size, channels, *mask_rule) -> tuple:
     """An image, uint8 (H, W, channels), and its mask, uint8 (H, W), both resized to `size`."""
     image = images.read_image(image_file, channels, size)
     return image, masks.read_mask(mask_file, *mask_rule, size)
@@ -92,8 +107,8 @@ def read_cached(folder: Path, *pair) -> tuple[np.ndarray, np.ndarray]:
     """
     state = [READING, *pair[2:]]
     for file in pair[:2]:
-        if isinstance(file, masks.Runs):
-            state.append(file.text)
+        if isinstance(file, files.Runs):
+            state.append((file.text, file.order))
         else:
             status = file.stat()
             state.append((str(file), status.st_size, status.st_mtime_ns))
@@ -117,11 +132,11 @@ class CarvanaDataset(Dataset):
     """The images of some folds with their masks, resized to CROP_SIZE. With SCALE, training uses
     random crops, as many per image as tiles of CROP_SIZE fit into it; validation uses whole images.
 
-    Items: {'image': uint8 (CHANNELS, H, W), 'mask': uint8 (H, W) of class indices, 'img': name}.
+    Items: {'image': uint8 (CHANNELS, H, W), 'mask': uint8 (H, W) of class indices, 'img': name,
+    'row': index of the image in `names`}.
 
     An augmented item depends only on (SEED, epoch, name, number of its crop), not on the worker.
-    Request (epoch, index), as EpochSampler does, to set the epoch. For a plain index, the epoch is
-    the number of earlier requests for this index, counted in memory that all workers share.
+    Request (epoch, index), as EpochSampler does, to set the epoch. A plain index draws a random one.
 
     Args:
         folds: values of kfold in TRAIN_FOLDS.
@@ -129,45 +144,44 @@ class CarvanaDataset(Dataset):
     """
 
     def __init__(self, folds: list[int], train: bool | None = None):
-        self.names = fold_table.read_folds(folds).img.tolist()
-        # Keep them: a spawned worker imports config.py again, without command-line arguments.
-        self.seed, self.files = config.SEED, masks.files_of(self.names)
-        self.sizes = images.sizes_of([image for image, _ in self.files])
-        self.settings = config.CHANNELS, *fold_table.mask_rule()
-        self.cache = config.path(config.OUTPUT) / 'cache' if config.CACHE else None
-        augmentation = build_augmentation(config.AUGMENTATION, config.CHANNELS)
         train = len(folds) > 1 if train is None else train
-        self.augment = augmentation if train else None
-        self.crop = config.crop_size() if train and config.SCALE is not None else None
-        height, width = config.crop_size()
-        tiles = [max(1, h // height * (w // width)) if train else 1 for h, w in self.sizes]
+        height, width = crop_size = config.crop_size()
+        self.names = files.read_folds(folds).img.tolist()
+        # Keep them: a spawned worker imports config.py again, without command-line arguments.
+        self.seed, self.files = config.SEED, files.pairs_of(self.names)
+        self.settings = config.CHANNELS, *masks.settings()
+        self.cache = config.path(config.OUTPUT) / 'cache' if config.CACHE else None
+        transforms = build_augmentation(config.AUGMENTATION, config.CHANNELS)
+        self.sizes, tiles = [crop_size] * len(self.names), [1] * len(self.names)
+        if config.SCALE is not None:
+            own_sizes = [images.size_of(image_file) for image_file, _ in self.files]
+            self.sizes = [images.scaled(size, crop_size, config.SCALE) for size in own_sizes]
+        if config.SCALE is not None and train:
+            tiles = [max(1, h // height * (w // width)) for h, w in self.sizes]
+            ignored = masks.ignored_value(config.IGNORE_INDEX)
+            transforms = [*build_crop(height, width, ignored), *transforms]
         self.crops = [(row, n) for row, count in enumerate(tiles) for n in range(count)]
-        self.ignored = masks.ignored_value(config.IGNORE_INDEX)
-        self.visits = torch.zeros(len(self), dtype=torch.int32).share_memory_()
+        self.augment = A.Compose(transforms) if train else None
 
     def __len__(self) -> int:
         return len(self.crops)
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict:
-        if not isinstance(item, tuple):
-            item = int(self.visits[item]), item
-            self.visits[item[1]] += 1
-        epoch, (index, number) = item[0], self.crops[item[1]]
-        name, pair = self.names[index], (*self.files[index], self.sizes[index], *self.settings)
+        epoch, index = item if isinstance(item, tuple) else (None, item)
+        row, crop = self.crops[index]
+        name, pair = self.names[row], (*self.files[row], self.sizes[row], *self.settings)
         image, mask = read_cached(self.cache, *pair) if self.cache else read_pair(*pair)
-        text = f'{self.seed} {epoch} {name}' + f' {number}' * (number > 0)
-        if self.crop:
-            rng = np.random.default_rng(zlib.crc32(text.encode()))
-            image, mask = images.random_crop(image, mask, self.crop, rng, self.ignored)
         if self.augment is not None:
-            seed_augmentation(self.augment, text)
+            if epoch is None:  # the DataLoader seeds torch anew in each worker and epoch
+                epoch = int(torch.randint(2**31, ()))
+            seed_augmentation(self.augment, f'{self.seed} {epoch} {name} {crop}')
             augmented = self.augment(image=image, mask=mask)
             image, mask = augmented['image'], augmented['mask']
         return {
             'image': torch.from_numpy(image).permute(2, 0, 1),
             'mask': torch.from_numpy(mask),
             'img': name,
-            'row': index,
+            'row': row,
         }
 
 

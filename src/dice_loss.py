@@ -10,11 +10,6 @@ import torch
 import config
 from ND_Crossentropy import LOSSES, TopKLoss, loss, safe_pow
 
-# These losses have almost no gradient on an image without an object.
-NEED_AN_OBJECT = (
-    'SoftDiceLoss', 'IoULoss', 'TverskyLoss', 'FocalTversky_loss', 'AsymLoss', 'MCCLoss',
-)  # fmt: skip
-
 
 def counted(pixels, do_bg):
     """p and y (N, K, P) of the classes that count; both are 0 in ignored pixels."""

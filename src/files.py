@@ -1,12 +1,15 @@
-"""Finding files by their names, atomic writes, locks, tables, and models.csv."""
+"""Files: atomic writes, locks, tables; images and masks found by their names, and paired."""
 
+import hashlib
 import os
 import re
 import tempfile
 import unicodedata
 from collections import Counter
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 from filelock import FileLock, Timeout
@@ -19,15 +22,22 @@ NAMING = {
     'MASK_PATH': ('MASK_PREFIX', 'MASK_SUFFIX'),
     'TEST_PATH': (None, 'TEST_SUFFIX'),
 }
-ENDINGS = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.gif', '.webp')
-MODELS = ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']  # columns of models.csv
+HIDDEN = ('.', '@', '__MACOSX')  # files and folders that systems add, such as ._a.png and @eaDir
+# Line ends, and half characters, which stand for bytes that are not UTF-8.
+CONTROL_CHARACTERS = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
+TABLE_HELP = (
+    'one row for each image, in columns img and rle_mask; three lines of pandas in README.md, '
+    '"Your own images", make one from other tables'
+)
+MODEL_COLUMNS = ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']  # of models.csv
 
 
 @contextmanager
 def atomic_write(file: Path, ending: str = '.tmp'):
     """Yield a path beside `file` to write to. It is renamed to `file` if the block succeeds."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ending)  # fixed, so the next run overwrites it
+    # Fixed, so the next run overwrites it; and short, as file.name may be as long as a name can be.
+    temporary = file.with_name(hashlib.sha256(file.name.encode()).hexdigest()[:16] + ending)
     try:
         yield temporary
         temporary.replace(file)
@@ -79,14 +89,6 @@ def read_table(file: Path, columns: list[str], remedy: str) -> pd.DataFrame:
     return table
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """A table as Markdown. The index is the first column. Floats have 4 decimals."""
-    table = table.reset_index()
-    rows = [table.columns, ['---'] * len(table.columns), *table.itertuples(index=False)]
-    cells = ([f'{c:.4f}' if isinstance(c, float) else str(c) for c in row] for row in rows)
-    return '\n'.join(f'| {" | ".join(row)} |' for row in cells)
-
-
 def models_file() -> Path:
     return config.path(config.OUTPUT) / 'models.csv'
 
@@ -94,7 +96,7 @@ def models_file() -> Path:
 def read_models(file: Path | None = None) -> pd.DataFrame:
     """A models.csv, by default that of OUTPUT: one row per trained fold."""
     file = file or models_file()
-    table = read_table(file, MODELS, 'run Lightning_trainer.py')
+    table = read_table(file, MODEL_COLUMNS, 'run Lightning_trainer.py')
     try:
         return table.astype({'fold': int, 'val_dice': float, 'val_iou': float})
     except ValueError as error:
@@ -106,7 +108,7 @@ def enter_model(fold: int, version: str, checkpoint: Path, scores: dict) -> None
     """Replace the fold's row in models.csv. scores: those of the checkpoint's epoch."""
     row = [fold, version, relative(checkpoint), scores['val_dice'], scores['val_iou']]
     with file_lock(models_file().with_name('.models.lock')):  # folds may be trained side by side
-        table = pd.DataFrame([row], columns=MODELS)
+        table = pd.DataFrame([row], columns=MODEL_COLUMNS)
         if models_file().exists():
             older = read_models()
             table = pd.concat([older[older.fold != fold], table])
@@ -139,118 +141,210 @@ def first_few(names: list, count: int = 5) -> str:
 
 
 # ------------------------------------------------------------ images by their names
-class NothingFound(config.UserMistake):
-    """A folder is missing, or holds no file of the expected name."""
+@cache
+def walk(folder: Path) -> list[str]:
+    """Relative paths of the files in a folder and its subfolders, sorted; listed once per process.
 
-
-def name_of(file: str, constant: str) -> str | None:
-    """The image name in a path inside the folder: no prefix, no suffix. None if these do not fit.
-
-    The suffix may be in upper or lower case. Names are Unicode NFC; macOS uses another form.
+    Hidden files and the project's other folders are skipped.
     """
-    prefix, suffixes = (getattr(config, name or '', '') for name in NAMING[constant])
+    others = (config.path(getattr(config, name)) for name in (*NAMING, 'OUTPUT', 'LOGS_PATH'))
+    seen = {os.path.realpath(other) for other in others} - {os.path.realpath(folder)}
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in seen:  # also where a link leads back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        names = [name for name in names if not name.startswith(HIDDEN)]
+        found += [(Path(parent) / name).relative_to(folder).as_posix() for name in names]
+    return sorted(found)
+
+
+def fit(file: str, constant: str) -> tuple[str | None, int]:
+    """The image name in a path inside a folder, and the length of its prefix and suffix.
+
+    (None, 0) if the folder's prefix and suffix do not fit. The suffix may be in upper or lower case.
+    Names are Unicode NFC; macOS uses another form.
+    """
+    prefix, suffixes = (getattr(config, name) if name else '' for name in NAMING[constant])
     folder, slash, base = unicodedata.normalize('NFC', file).rpartition('/')
     for suffix in sorted(config.endings(suffixes), key=len, reverse=True):
         stem = base[: len(base) - len(suffix)]
         fits = base.lower().endswith(suffix.lower()) and stem.startswith(prefix)
         if fits and (stem != prefix or folder):  # x/image.png may be the image x
-            return (folder + slash + stem.removeprefix(prefix)).rstrip('/')
-    return None
+            name = (folder + slash + stem.removeprefix(prefix)).rstrip('/')
+            return name, len(prefix) + len(suffix)
+    return None, 0
+
+
+def list_files(constant: str, required: bool = True) -> dict[str, Path]:
+    """Image name -> file, sorted: the images in TRAIN_PATH or TEST_PATH, or the masks in MASK_PATH.
+
+    If a file could be an image or a mask, the longer prefix and suffix decide: x_mask.png is the
+    mask of x.png. If masks have their own folder, this applies only if x.png is there too.
+
+    Raises config.UserMistake for two files of one name, a file that may be both, control characters
+    in a name, or (if `required`) no file.
+    """
+    folder = config.path(getattr(config, constant))
+    other = 'TRAIN_PATH' if constant == 'MASK_PATH' else 'MASK_PATH'
+    other_folder = config.path(getattr(config, other))
+    shared = constant != 'TEST_PATH' and os.path.realpath(folder) == os.path.realpath(other_folder)
+    fits = {file: fit(file, constant) for file in walk(folder)}
+    names, found = {name for name, _ in fits.values()}, {}
+    for file, (name, length) in fits.items():
+        other_name, other_length = fit(file, other)
+        if name is None or (other_length > length and (shared or other_name in names)):
+            continue
+        problem = ''
+        if shared and other_length == length:
+            problem = (
+                'may be an image or a mask: set another IMAGE_SUFFIX, MASK_SUFFIX or MASK_PATH; each '
+                'image has one mask file: merge the masks of its objects'
+            )
+        elif name in found:
+            problem = (
+                f'and {found[name].relative_to(folder)} have the same name: rename or remove one'
+            )
+        elif CONTROL_CHARACTERS.search(file):
+            problem = 'has control characters or is not UTF-8: rename it'
+        if problem:
+            raise config.UserMistake(f'{folder}: {file!r} {problem}')
+        found[name] = folder / file
+    if required and not found:
+        raise nothing_found(constant)
+    return dict(sorted(found.items()))
+
+
+def nothing_found(constant: str) -> config.UserMistake:
+    """The mistake to raise if a folder is missing, or has no file of the expected name."""
+    folder, (prefix, suffix) = config.path(getattr(config, constant)), NAMING[constant]
+    if not folder.is_dir():
+        return config.UserMistake(f'{folder}: no such folder: set {constant} or INPUT')
+    expected = f'{getattr(config, prefix) if prefix else ""}*{getattr(config, suffix)}'
+    return config.UserMistake(
+        f'{folder}: no file {expected}, found {count_endings(walk(folder))}: set {constant} or '
+        f'{suffix} to image files, such as .png'
+    )
+
+
+def count_endings(names) -> str:
+    """How many files have each ending: '.jpg 3, .png 6'."""
+    counts = Counter(Path(name).suffix.lower() or 'without ending' for name in names)
+    return first_few([f'{ending} {n}' for ending, n in sorted(counts.items())], 8) or 'nothing'
+
+
+def print_unused(constant: str, used, what: str) -> None:
+    """Print one line that counts the files in a folder of config.py that are not in `used`."""
+    folder, suffix = config.path(getattr(config, constant)), getattr(config, NAMING[constant][1])
+    unused = [file for file in walk(folder) if folder / file not in used]
+    if unused:
+        endings = f'({count_endings(unused)}; {NAMING[constant][1]} is {suffix!r})'
+        print(f'{len(unused)} files in {constant} are not {what} {endings}')
+
+
+# ------------------------------------------------------------ training images and their masks
+class Runs(NamedTuple):
+    """Run lengths from TRAIN_CSV that replace a mask file; '' means that there is no object."""
+
+    image: Path
+    text: str
+    order: str  # RLE_ORDER
 
 
 def name_in_table(cell: str, constant: str) -> str:
     """The image name in a table's cell, which holds a file name or already the image name."""
     cell = unicodedata.normalize('NFC', cell.strip().replace('\\', '/'))
-    return name_of(cell, constant) or cell
+    return fit(cell, constant)[0] or cell
 
 
 def train_rows() -> list[tuple[str, str | None]]:
     """(name, run lengths or None) of the rows of TRAIN_CSV."""
-    table = read_table(config.path(config.TRAIN_CSV), ['img'], 'fix or remove it')
+    table = read_table(config.path(config.TRAIN_CSV), ['img'], TABLE_HELP)
     names = [name_in_table(cell, 'TRAIN_PATH') for cell in table.img]
     return list(zip(names, table.get('rle_mask', [None] * len(names))))
 
 
-def walk(folder: Path) -> list[str]:
-    """Relative paths of all files in a folder, except hidden ones and the project's folders."""
-    found, seen, names = [], set(), (*NAMING, 'OUTPUT', 'LOGS_PATH')
-    other = [config.path(getattr(config, name)) for name in names]
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in seen:  # a link led back here
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(parent))
-        folders[:] = [f for f in folders if f[0] != '.' and Path(parent, f) not in other]
-        inside = Path(parent).relative_to(folder)
-        found += [(inside / file).as_posix() for file in files if file[0] != '.']
-    return sorted(found)
+def pairs_of(names) -> list[tuple[Path, Path | Runs]]:
+    """The image file and the mask (see masks.read_mask) of each training image.
 
-
-def list_files(constant: str) -> tuple[dict[str, Path], list[str]]:
-    """List the images in TRAIN_PATH or TEST_PATH, or the masks in MASK_PATH, with subfolders.
-
-    Returns: name -> file, sorted; and the other image files there, which are not masks either.
-
-    Raises config.UserMistake if there is no file, if two files have the same name, if a name is not
-    UTF-8 text in one line, or if an image has several masks.
+    Raises config.UserMistake, with what to do, if one is missing.
     """
-    folder, suffix = config.path(getattr(config, constant)), NAMING[constant][1]
-    if not folder.is_dir():
-        raise NothingFound(f'{folder}: no such folder: set {constant} or INPUT')
-    relative, named = walk(folder), {}
-    for file in relative:
-        named.setdefault(name_of(file, constant), []).append(file)
-    others = named.pop(None, [])
-    if constant != 'MASK_PATH':
-        shared = config.path(config.TRAIN_PATH) == config.path(config.MASK_PATH)
-        for mask in [file for file in relative if is_mask(file, named, shared)]:
-            named.pop(name_of(mask, constant), None)
-    for name, files in named.items():
-        for wrong, what in (
-            (len(files) > 1, f'two files have the same name: {" and ".join(files)}'),
-            (not name.isprintable(), f'the file name {files[0]!r} is not UTF-8 text in one line'),
-        ):
-            if wrong:
-                raise config.UserMistake(f'{folder}: {what}: rename or remove one')
-    further = [f for f in relative if constant != 'TEST_PATH' and further_mask_of(f) in named]
-    if further:
+    image_files, mask_files = list_files('TRAIN_PATH'), list_files('MASK_PATH', required=False)
+    missing = [name for name in names if name not in image_files]
+    if missing:
         raise config.UserMistake(
-            f'{folder}: {len(further)} images have more than one mask, such as {further[0]}: merge '
-            'the masks of each image into one file'
+            f'{len(missing)} images have no image file in TRAIN_PATH: {first_few(missing)}: put them '
+            'back, or drop them from TRAIN_CSV, where names are relative to TRAIN_PATH, and run folds.py'
         )
-    if not named:
-        endings = Counter(Path(file).suffix or 'without suffix' for file in relative).most_common(4)
-        there = ', '.join(f'{count} {ending}' for ending, count in endings) or 'nothing'
-        prefix = NAMING[constant][0]
-        expected, given = getattr(config, suffix), getattr(config, prefix or '', '')
-        remedy = f'{constant}, {prefix} or {suffix}' if given else f'{constant} or {suffix}'
-        raise NothingFound(f'{folder}: no file {given}*{expected}, found {there}: set {remedy}')
-    others = [f for f in others if not name_of(f, 'TRAIN_PATH') and not name_of(f, 'MASK_PATH')]
-    others = [f for f in others if f.lower().endswith(ENDINGS)]
-    return {name: folder / files[0] for name, files in sorted(named.items())}, others
+    missing = [name for name in names if name not in mask_files]
+    if missing:
+        mask_files |= run_lengths(missing, image_files)
+        missing = [name for name in missing if name not in mask_files]
+    if missing and not mask_files:
+        raise nothing_found('MASK_PATH')
+    if missing:
+        remedy = (
+            'list the other images in a TRAIN_CSV with a column img; or set EMPTY_IF_NO_MASK=True if '
+            'these images really hold no object'
+        )
+        if len(missing) == len(names):
+            remedy = (
+                f'a mask here has the name {next(iter(mask_files))}: without prefix and suffix, names '
+                'must be the same: set IMAGE_PREFIX, IMAGE_SUFFIX, MASK_PREFIX and MASK_SUFFIX'
+            )
+        raise config.UserMistake(
+            f'{len(missing)} images have no mask in MASK_PATH: {first_few(missing)}: {remedy}'
+        )
+    return [(image_files[name], mask_files[name]) for name in names]
 
 
-def is_mask(file: str, names, shared: bool) -> bool:
-    """Whether a file in a folder of images is a mask: x_mask.png or x_mask_1.png beside x.png. If
-    images and masks share a folder, also any file named like a mask and not like an image."""
-    if further_mask_of(file) in names:
-        return True
-    name, as_image = name_of(file, 'MASK_PATH'), name_of(file, 'TRAIN_PATH')
-    return name is not None and name != as_image and (shared or name in names)
+def run_lengths(names: list[str], image_files: dict) -> dict[str, Runs]:
+    """Name -> Runs of images without a mask file: from TRAIN_CSV, or empty with EMPTY_IF_NO_MASK."""
+    texts = {}
+    if config.EMPTY_IF_NO_MASK:
+        refuse_numbered_masks(image_files)
+        texts = dict.fromkeys(names, '')
+    if is_file(config.TRAIN_CSV):
+        texts |= {name: text for name, text in train_rows() if text is not None}
+    return {
+        name: Runs(image_files[name], texts[name], config.RLE_ORDER)
+        for name in names
+        if name in texts
+    }
 
 
-def further_mask_of(file: str) -> str | None:
-    """'x' for x_mask_1.png or x_mask(2).png where masks are named x_mask.png; else None."""
-    for stem in (suffix.rpartition('.')[0] for suffix in config.endings(config.MASK_SUFFIX)):
-        name, found, rest = file.rpartition('.')[0].rpartition(stem or '/')
-        if stem and found and re.fullmatch(r'[-_ ]?\(?\d+\)?', rest):
-            return name
-    return None
+def refuse_numbered_masks(image_files: dict) -> None:
+    """Raise config.UserMistake if EMPTY_IF_NO_MASK would hide x_mask_1.png, a mask of x.png."""
+    for file in walk(config.path(config.MASK_PATH)):
+        without_number = re.sub(r'[-_ ]?\(?\d+\)?(?=\.\w+$)', '', file)
+        name = fit(without_number, 'MASK_PATH')[0]
+        if name in image_files and fit(file, 'MASK_PATH')[0] not in image_files:
+            raise config.UserMistake(
+                f'{file} in MASK_PATH: the image {name} has more than one mask, and '
+                'EMPTY_IF_NO_MASK would hide them: merge the masks of each image into one file'
+            )
 
 
-def tell_others(constant: str, others: list[str], fate: str) -> None:
-    """Print one line about the images that list_files left out, if there are any."""
-    endings = ', '.join(sorted({Path(file).suffix for file in others}))
-    folder, suffix = getattr(config, constant), NAMING[constant][1]
-    if others:
-        print(f'{len(others)} other images in {folder} ({endings}) are {fate}: see {suffix}')
+def read_folds(folds: list[int] | None = None) -> pd.DataFrame:
+    """The table img,kfold,group of TRAIN_FOLDS, or its rows of some folds.
+
+    Raises config.UserMistake if a group is in two folds, an image listed twice, or a fold empty.
+    """
+    file, problem = config.path(config.TRAIN_FOLDS), ''
+    table = read_table(file, ['img', 'kfold', 'group'], 'run folds.py')
+    split = table.groupby('group').kfold.nunique() > 1
+    empty = sorted(set(map(str, folds or [])) - set(table.kfold))
+    if not table.kfold.str.fullmatch(r'\d+').all():
+        problem = 'kfold is not a whole number'
+    elif split.any():
+        problem = f'group {split.idxmax()} is in 2 folds'
+    elif table.img.duplicated().any():
+        problem = 'images are listed more than once'
+    elif empty:
+        problem = f'no image in fold {first_few(empty)}'
+    if problem:
+        raise config.UserMistake(f'{file}: {problem}: run folds.py again')
+    table['kfold'] = table.kfold.astype(int)
+    return table if folds is None else table[table.kfold.isin(folds)].reset_index(drop=True)

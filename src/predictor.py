@@ -39,7 +39,7 @@ def list_test_files(model) -> list[Path]:
     if not files.walk(config.path(folder)):
         runtime.print_once(f'nothing to predict: TEST_PATH={folder} does not exist, or it is empty')
         return []
-    found, others = files.list_files('TEST_PATH')
+    found = files.list_files('TEST_PATH')
     names = list(found)
     if files.is_table('TEST_CSV', 'sample_submission.csv'):
         table = files.read_table(config.path(config.TEST_CSV), ['img'], 'fix or remove it')
@@ -56,10 +56,10 @@ def list_test_files(model) -> list[Path]:
                     runtime.print_once(f'{len(left_out)} test images left out, {what}: {shown}')
     paths = [found[name] for name in names]
     checked = tqdm(paths, 'checking headers', disable=None, leave=False)
-    headers = [images.header(file, images.check_bits) for file in checked]
+    sizes = [images.check(file).size for file in checked]
     if rank_zero_only.rank == 0:
-        images.tell_wide(headers, model.input_size[1], model.hparams.SCALE)
-        files.tell_others('TEST_PATH', others, 'not predicted')
+        images.print_wide(sizes, model.input_size[1], model.hparams.SCALE)
+        files.print_unused('TEST_PATH', set(paths), 'predicted')
     return paths
 
 
@@ -84,8 +84,13 @@ class ImageBatches(Dataset):
     def __getitem__(self, number: int) -> dict:
         rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
         image_files, (*crop_size, channels) = self.image_files[rows], self.input_size
-        read = (images.read_with_size(f, channels, crop_size, self.scale) for f in image_files)
-        pixels, shapes = zip(*read)
+        pixels, shapes = [], []
+        for file in image_files:
+            with images.opened(file) as image:
+                images.check_pixels(file, image)
+                shapes.append(images.shown_size(image))
+                size = images.scaled(shapes[-1], crop_size, self.scale)
+                pixels.append(images.decode(image, channels, size))
         batch = {
             'image': torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2),  # channels-last
             'img': [files.relative(file, self.folder) for file in image_files],
@@ -216,7 +221,7 @@ class SubmissionWriter(BasePredictionWriter):
                     self.mask_folder / Path(name).with_suffix('.png')
                 ) as temporary:
                     temporary.write_bytes(png)
-            rows.writerow([name, masks.rle_encode(mask)])
+            rows.writerow([name, masks.rle_encode(mask, config.RLE_ORDER)])
         with self.part.open('a', encoding='utf-8', newline='') as file:
             file.write(text.getvalue())
 

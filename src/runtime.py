@@ -182,7 +182,9 @@ def explain_errors(training: bool = True):
                 'not use it), or give the container more (docker run --shm-size=8g)'
             )
         elif re.search(LOST_PEER, text):
-            message = 'another process of this run has ended, see its message: run again with RESUME=True'
+            message = (
+                'another process of this run has ended, see its message: run again with RESUME=True'
+            )
         elif type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
             message = (
                 f'COMPILE=True fails on this machine ({config.shorten(error)}): set COMPILE=False, or '

@@ -30,9 +30,9 @@ import command_line
 import config
 import dataset
 import demo
+import files
 import folds
 import images
-import masks
 
 
 class OriginalWay(Dataset):
@@ -59,7 +59,7 @@ class OriginalWay(Dataset):
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict:
-        image_file, mask_file = masks.files_of([self.names[index]])[0]
+        image_file, mask_file = files.pairs_of([self.names[index]])[0]
         image = np.array(Image.open(image_file).convert('RGB'))
         mask = np.array(Image.open(mask_file)).astype(np.float32)
         pair = self.transforms(image=image, mask=mask)
@@ -87,7 +87,7 @@ def reduced_decode(names: list[str], size: int) -> str:
     """How far images decoded at a fraction of their size are from those decoded in full."""
     largest, mean = 0, []
     for name in names:
-        file = masks.files_of([name])[0][0]
+        file = files.pairs_of([name])[0][0]
         whole = cv2.resize(images.read_image(file), (size, size))
         difference = np.abs(images.read_image(file, 3, (size, size)).astype(int) - whole)
         largest, mean = max(largest, difference.max()), [*mean, difference.mean()]

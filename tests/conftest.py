@@ -20,6 +20,7 @@ from PIL import Image
 import callbacks
 import command_line
 import config
+import files
 
 SRC = Path(config.__file__).parent
 
@@ -36,8 +37,10 @@ def own_config(*words: str):
 
 
 @pytest.fixture(autouse=True)
-def restore_config():
-    """Whatever a test sets in config.py, the next one meets the defaults."""
+def restore_config(monkeypatch):
+    """Whatever a test sets in config.py, the next one meets the defaults. Folders are listed anew,
+    as a test may change its files."""
+    monkeypatch.setattr(files, 'walk', files.walk.__wrapped__)
     with own_config():
         yield
 

@@ -18,7 +18,6 @@ import folds
 import images
 import Lightning_tester
 import Lightning_trainer
-import masks
 from Lightning_module import CarvanaModel
 
 IGNORED = 11
@@ -68,7 +67,7 @@ def test_each_class_is_scored_at_the_images_own_size(trained, capsys):
     config.PATH = str(checkpoint)
     model = Lightning_tester.load_models()[0]
     for row in table.itertuples():  # by other code: intersection over each class in turn
-        image_file, mask_file = masks.files_of([row.img])[0]
+        image_file, mask_file = files.pairs_of([row.img])[0]
         truth = np.array(Image.open(mask_file))
         x = images.read_image(image_file, 3, (32, 64))
         with torch.inference_mode():

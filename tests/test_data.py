@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 import config
 import dataset
+import files
 import folds
 import masks
 import predictor
@@ -37,7 +38,7 @@ def test_items_are_eight_bit_tensors(prepared):
 
 def test_validation_items_are_only_resized(prepared):
     data = CarvanaDataset([3])
-    image_file, mask_file = masks.files_of([data.names[1]])[0]
+    image_file, mask_file = files.pairs_of([data.names[1]])[0]
     image = cv2.resize(np.array(Image.open(image_file)), (32, 32))
     assert np.abs(data[1]['image'].permute(1, 2, 0).numpy().astype(int) - image).max() <= 3
     assert np.array_equal(data[1]['mask'].numpy(), masks.read_mask(mask_file, size=(32, 32)))
@@ -82,15 +83,23 @@ def test_augmentation_is_the_same_for_any_workers_and_never_twice(prepared):
     assert len(seen) == 24
 
 
-def test_plain_indices_count_their_epochs_across_workers(prepared):
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_plain_index_is_augmented_anew_in_each_epoch_and_worker(prepared, workers):
     data = CarvanaDataset([0, 1], train=True)
-    expected = [data[epoch, 0]['image'] for epoch in range(3)]
-    again = CarvanaDataset([0, 1], train=True)
-    loader = DataLoader(again, 1, num_workers=2)
-    got = [next(iter(loader))['image'][0] for _ in range(1)]
-    got += [batch['image'][0] for batch in loader if batch['img'][0] == data.names[0]]
-    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
-    assert not torch.equal(expected[1], expected[2])
+    loader, runs = DataLoader(data, 1, num_workers=workers), []
+    for _ in range(2):
+        torch.manual_seed(5)
+        runs.append([item['image'] for _ in range(4) for item in loader])
+    assert all(torch.equal(first, again) for first, again in zip(*runs))  # torch's seed decides
+    assert len({image.numpy().tobytes() for image in runs[0]}) == 4 * len(data)
+
+
+def test_items_say_in_which_row_of_the_names_they_are(prepared):
+    data = CarvanaDataset([0, 3], train=False)
+    for index in range(len(data)):
+        assert data.names[data[index]['row']] == data[index]['img']
+    rows = torch.cat([batch['row'] for batch in DataLoader(data, 3)])
+    assert rows.tolist() == [0, 1, 2, 3] and rows.dtype == torch.int64
 
 
 def test_the_seed_changes_the_stream(prepared):
@@ -250,8 +259,7 @@ def test_a_full_disk_is_told_with_what_to_do(prepared, monkeypatch):
 
 def test_batches_to_predict(prepared):
     config.VAL_BATCH_SIZE = 2
-    files = masks.files_of(folds.read_folds().img[:3])
-    image_files, mask_files = zip(*files)
+    image_files, mask_files = zip(*files.pairs_of(folds.read_folds().img[:3]))
     batches = predictor.ImageBatches(image_files, model_of((16, 32, 1)), mask_files)
     assert [len(batches[number]['img']) for number in range(len(batches))] == [2, 1]
     batch = batches[0]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import command_line
 import config
+import files
 import folds
 import masks
 from dataset import CarvanaDataset
@@ -97,7 +98,7 @@ def test_out_of_fold_scores_can_be_recomputed(trained):
         model = CarvanaModel.load_from_checkpoint(folder / row.checkpoint, weights_only=True).eval()
         data = CarvanaDataset([row.fold])
         for index, name in enumerate(data.names):
-            truth = np.array(Image.open(masks.files_of([name])[0][1]))
+            truth = np.array(Image.open(files.pairs_of([name])[0][1]))
             with torch.inference_mode():
                 p = model(data[index]['image'][None]).sigmoid()
                 full = F.interpolate(p, truth.shape, mode='bilinear', align_corners=False)[

@@ -226,7 +226,7 @@ def test_a_killed_run_on_other_images_is_not_resumed(model, tmp_path):
 
 def test_what_is_not_predicted_is_told(model, tmp_path, capsys):
     (tmp_path / 'test/a.jpg').write_bytes(b'')
-    with pytest.raises(config.UserMistake, match=r'no file \*.png, found 1 .jpg: .* TEST_SUFFIX'):
+    with pytest.raises(config.UserMistake, match=r'no file \*.png, found .jpg 1: .* TEST_SUFFIX'):
         predict({0: model})
     (tmp_path / 'test/a.png').write_bytes(b'')
     config.TEST_CSV = str(tmp_path / 'list.csv')

@@ -2,6 +2,7 @@
 
 from math import ceil
 
+import albumentations as A
 import numpy as np
 import pandas as pd
 import pytest
@@ -71,17 +72,28 @@ def test_crops_fit_their_mask_and_a_third_holds_an_object():
     mask[200:204, 3:6] = 1
     mask[:, 390:] = 9  # ignored
     image[..., 0] = mask
-    held = []
+    crop, found, right = A.Compose(dataset.build_crop(64, 48, 9)), [], []
     for number in range(300):
-        rng = np.random.default_rng(number)
-        cut, truth = images.random_crop(image, mask, (64, 48), rng, 9)
-        assert cut.shape == (64, 48, 3) and np.array_equal(cut[..., 0], truth)
-        assert cut.flags.writeable and cut.base is not image
-        held.append((truth == 1).any())
-    assert 0.28 < np.mean(held) < 0.42
-    small, truth = images.random_crop(image[:20, :30], mask[:20, :30], (64, 48), rng, None)
-    assert np.array_equal(small[:20, :30], image[:20, :30])
+        dataset.seed_augmentation(crop, f'{number}')
+        cut = crop(image=image, mask=mask)
+        assert cut['image'].shape == (64, 48, 3)
+        assert np.array_equal(cut['image'][..., 0], cut['mask'])
+        found.append((cut['mask'] == 1).any())
+        right.append((cut['mask'] == 9).any())
+    assert 0.28 < np.mean(found) < 0.42
+    assert np.mean(right) < 0.3  # random crops alone: ignored pixels are no object
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_images_smaller_than_the_crop_get_a_reflected_border(channels):
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, channels), dtype=np.uint8)
+    mask = image[..., 0] // 128
+    cut = A.Compose(dataset.build_crop(64, 48, None))(image=image, mask=mask)
+    assert cut['image'].shape == (64, 48, channels) and cut['mask'].shape == (64, 48)
+    small, truth = cut['image'], cut['mask']
+    assert np.array_equal(small[:20, :30], image) and np.array_equal(truth[:20, :30], mask)
     assert np.array_equal(small[20], small[18]) and np.array_equal(small[:, 30], small[:, 28])
+    assert np.array_equal(truth, small[..., 0] // 128)
 
 
 # ------------------------------------------------------------ a field of discs
