@@ -1,9 +1,7 @@
 """CarvanaModel: the network, its loss, its data and its scores, as a LightningModule."""
 
 import math
-import shutil
 from functools import cached_property
-from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
@@ -197,26 +195,6 @@ class CarvanaModel(pl.LightningModule):
             optimizers.scale_rates(
                 [checkpoint['optimizer_states'], checkpoint['lr_schedulers']], factor
             )
-
-    def export(self, folder: Path, threshold: float) -> None:
-        """Write the network for segmentation_models_pytorch.from_pretrained.
-
-        Its config.json also says how to use it; mean and std are of images scaled to 0..1.
-        """
-        # The underscore tells smp that a name is no argument of the model.
-        self.model.config.update(
-            _mean=self.hparams.MODEL_MEAN,
-            _std=self.hparams.MODEL_STD,
-            _input_size=self.input_size[:2],
-            _scale=self.hparams.SCALE,
-            _classes=self.hparams.CLASSES,
-            _threshold=threshold,
-        )
-        temporary = folder.with_name(f'{folder.name}.tmp')
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.model.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
 
     # ------------------------------------------------------------ data
     @cached_property

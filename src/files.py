@@ -1,5 +1,6 @@
 """Finding files by their names, atomic writes, locks, tables, and models.csv."""
 
+import hashlib
 import os
 import re
 import tempfile
@@ -27,12 +28,15 @@ MODELS = ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']  # columns of 
 def atomic_write(file: Path, ending: str = '.tmp'):
     """Yield a path beside `file` to write to. It is renamed to `file` if the block succeeds."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ending)  # fixed, so the next run overwrites it
+    # Fixed, so the next run overwrites it, and short, because a name may be 255 bytes long.
+    digest = hashlib.sha256(os.fsencode(file.name)).hexdigest()[:16]
+    temporary = file.with_name(f'.{digest}{ending}')
     try:
         yield temporary
         temporary.replace(file)
     except OSError as error:
-        error.filename = error.filename or str(file)  # write() to a full disk gives no name
+        if error.filename in (None, str(temporary)):  # write() to a full disk gives no name
+            error.filename = str(file)
         raise
     finally:
         temporary.unlink(missing_ok=True)
