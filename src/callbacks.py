@@ -14,7 +14,6 @@ import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import config
 import files
@@ -82,7 +81,7 @@ class EpochLog(Callback):
         bar.print(line) if bar else print(line, flush=True)
 
     def on_exception(self, trainer, module, exception) -> None:
-        stopped = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
+        stopped = isinstance(exception, (KeyboardInterrupt, SystemExit))
         if stopped and trainer.is_global_zero:
             score = trainer.checkpoint_callback.best_model_score
             best = 'in its first epoch' if score is None else f'with best val_dice {score:.4f}'

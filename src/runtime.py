@@ -115,7 +115,8 @@ def explain_errors(training: bool = True):
                 '/dev/shm is too small for the batches of the workers: set fewer NUM_WORKERS (0 '
                 'does not use it), or give the container more (docker run --shm-size=8g)'
             ) from None
-        if any(words in text for words in ('closed by peer', 'reset by peer', 'remote process')):
+        lost = ('closed by peer', 'reset by peer', 'remote process', 'broken pipe', 'likely closed')
+        if any(words in text for words in lost):
             raise config.UserMistake(
                 'another process of this run has ended, see its message: run again with RESUME=True'
             ) from None
