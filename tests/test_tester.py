@@ -304,10 +304,13 @@ def test_code_in_a_checkpoint_is_never_run(model, tmp_path):
         Lightning_tester.load_checkpoints([str(tmp_path / 'evil.ckpt')])
 
 
-def test_names_with_commas_and_quotes(model, tmp_path):
-    for name in ('holiday, 2.png', 'a "b".png'):
+@pytest.mark.filterwarnings('error:Glyph')
+def test_names_with_commas_quotes_formulas_and_japanese_letters(model, tmp_path):
+    names = {'holiday, 2.png', 'a "b".png', 'a$_$.png', '\u65e5\u672c.png'}
+    for name in names:
         Image.fromarray(draw_ellipse(np.random.default_rng(1))[0]).save(tmp_path / 'test' / name)
-    assert set(submission(model)) == {'holiday, 2.png', 'a "b".png'}
+    assert set(submission(model)) == names
+    assert (tmp_path / 'output/test_samples.png').stat().st_size > 1000
 
 
 def test_images_of_one_name_in_two_folders_are_told_apart(model, tmp_path, monkeypatch):
