@@ -407,7 +407,8 @@ def change_scale(model, tmp_path):
         lambda *_: setattr(config, 'RLE_ORDER', 'columns'),
     ],
 )
-def test_a_killed_run_with_anything_else_starts_anew(two_images, tmp_path, change):
+def test_a_killed_run_with_anything_else_starts_anew(two_images, tmp_path, monkeypatch, change):
+    monkeypatch.setattr(config, 'RLE_ORDER', 'rows', raising=False)
     (earlier,) = killed_before_the_end(two_images)
     change(two_images, tmp_path)
     assert len(killed_before_the_end(two_images)) == 2
