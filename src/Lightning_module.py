@@ -2,7 +2,6 @@
 
 import math
 from functools import cached_property
-from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
@@ -246,22 +245,6 @@ class CarvanaModel(pl.LightningModule):
             weights = {name: w for name, w in weights.items() if not name.startswith(head)}
         self.load_state_dict(weights, strict=same)
         return same
-
-    def export(self, folder: Path, threshold: float) -> None:
-        """Write the network for segmentation_models_pytorch.from_pretrained.
-
-        Its config.json also says how to use it; mean and std are of images scaled to 0..1.
-        """
-        # The underscore tells smp that a name is no argument of the model.
-        self.model.config.update(
-            _mean=self.hparams.MODEL_MEAN,
-            _std=self.hparams.MODEL_STD,
-            _input_size=self.input_size[:2],
-            _scale=self.hparams.SCALE,
-            _classes=self.hparams.CLASSES,
-            _threshold=threshold,
-        )
-        self.model.save_pretrained(folder)
 
     # ------------------------------------------------------------ data
     @cached_property

@@ -1,8 +1,8 @@
 """Step 3: score each model on the images that it was not trained on, then predict TEST_PATH.
 
-Reads   OUTPUT/models.csv and its checkpoints, or the one checkpoint PATH; TRAIN_FOLDS with the
-        images and masks (TRAIN_PATH, MASK_PATH, IMAGE_PREFIX, IMAGE_SUFFIX, MASK_PREFIX, MASK_SUFFIX,
-        TRAIN_CSV) of FOLDS; the images of TEST_PATH (TEST_SUFFIX), in the order of TEST_CSV.
+Reads   OUTPUT/models.csv and its checkpoints; TRAIN_FOLDS with the images and masks (TRAIN_PATH,
+        MASK_PATH, IMAGE_PREFIX, IMAGE_SUFFIX, MASK_PREFIX, MASK_SUFFIX, TRAIN_CSV) of FOLDS; the
+        images of TEST_PATH (TEST_SUFFIX), in the order of TEST_CSV.
 Writes  OUTPUT/oof.csv: img,kfold,dice,iou at each image's own size; oof_worst.png,
         oof_histogram.png; OUTPUT/submission.csv: img,rle_mask (RLE_ORDER); test_samples.png;
         with SAVE_MASKS, or several classes, OUTPUT/test_masks/<img>.png; OUTPUT/model_fold#/,
@@ -10,7 +10,9 @@ Writes  OUTPUT/oof.csv: img,kfold,dice,iou at each image's own size; oof_worst.p
 
 Every model is rebuilt from the constants in its checkpoint. THRESHOLD=None chooses the threshold
 that is best out of fold. TTA also predicts the mirrored image. RESUME continues the test images of
-a killed run. Hardware and speed: ACCELERATOR, DEVICES, VAL_BATCH_SIZE, NUM_WORKERS, PRECISION.
+a killed run. With PATH, a checkpoint or a list of them, the script only predicts TEST_PATH, with
+the mean of these models. Hardware and speed: ACCELERATOR, DEVICES, VAL_BATCH_SIZE, NUM_WORKERS,
+PRECISION.
 
     python Lightning_tester.py
     python Lightning_tester.py TEST_PATH=/my/images PATH=lightning_logs/version_0/checkpoints/last.ckpt
@@ -26,7 +28,6 @@ import numpy as np
 import pandas as pd
 import torch
 from pytorch_lightning.utilities import rank_zero_only
-from torch.utils.data import Subset
 
 import command_line
 import config
@@ -42,30 +43,44 @@ from Lightning_module import CarvanaModel
 
 # Thresholds to try on the out-of-fold predictions; closer together near 0 and 1.
 THRESHOLDS = [p / 100 for p in (*range(1, 5), *range(5, 96, 5), *range(96, 100))]
+# Models that differ in these constants cannot be averaged: a pixel of their masks is not the same.
+MASK_MEANING = ['CROP_SIZE', 'SCALE', 'CHANNELS', 'CLASSES', 'IGNORE_INDEX', 'MASK_COLOURS']
+FROM_CHECKPOINT = [
+    'MODEL_NAME',
+    *MASK_MEANING,
+    'MODEL_MEAN',
+    'MODEL_STD',
+]  # config.py's are not used
 
 
 def main() -> None:
     runtime.hide_warnings()
-    models = load_models()
-    output = config.path(config.OUTPUT)
+    if config.PATH is None:
+        fold_models = load_models()
+        models = list(fold_models.values())
+    else:
+        checkpoints = [config.PATH] if isinstance(config.PATH, str) else config.PATH
+        models = load_checkpoints(checkpoints)
+    output, rank_zero = config.path(config.OUTPUT), rank_zero_only.rank == 0
     files.check_writable(output)
     busy = f'another tester is running in {output}: wait, or set another OUTPUT'
-    with files.file_lock(output / '.test.lock', busy) if not rank_zero_only.rank else nullcontext():
-        test_files = predictor.list_test_files(next(iter(models.values())))
-        threshold = score_out_of_fold(models)
+    with files.file_lock(output / '.test.lock', busy) if rank_zero else nullcontext():
+        test_files = predictor.list_test_files(models[0])
+        if config.PATH is None:
+            threshold = score_out_of_fold(fold_models)
+        else:
+            threshold = config.THRESHOLD or 0.5
+            runtime.print_once(f'PATH is set: no scores, no export; the threshold is {threshold}')
         predict_test(models, threshold, test_files)
-        if rank_zero_only.rank == 0:
-            for fold, model in models.items():
-                model.export(output / f'model_fold{fold}', threshold)
+        if config.PATH is None and rank_zero:
+            for fold, model in fold_models.items():
+                export(model, output / f'model_fold{fold}', threshold)
             print(f'{config.OUTPUT}/model_fold#: the models for smp.from_pretrained')
 
 
 # ------------------------------------------------------------ models
 def load_models() -> dict[int, CarvanaModel]:
-    """Fold -> model: the checkpoint PATH alone, or the best one of each trained fold of FOLDS."""
-    if config.PATH is not None:
-        model = load_model(config.PATH)
-        return {model.hparams.val_folds[0]: model}
+    """Fold -> its best model, for each trained fold of FOLDS."""
     table = files.read_models()
     table = table[table.fold.isin(config.FOLDS)]
     if table.empty:
@@ -73,17 +88,45 @@ def load_models() -> dict[int, CarvanaModel]:
     untrained = sorted(set(config.FOLDS) - set(table.fold))
     if untrained:
         runtime.print_once(f'folds not trained yet, left out: {files.first_few(untrained)}')
-    models = {row.fold: load_model(row.checkpoint) for row in table.itertuples()}
-    first = next(iter(models.values())).hparams
-    for row in table.itertuples():
-        other = models[row.fold].hparams
-        for name in config.differing_constants(first, other):
-            raise config.UserMistake(
-                f'{table.checkpoint.iloc[0]} has {name}={first[name]!r}, {row.checkpoint} has '
-                f'{name}={other[name]!r}: models with different constants cannot be averaged: '
-                'train them again, or set FOLDS or PATH'
-            )
+    return dict(zip(table.fold, load_checkpoints(table.checkpoint.tolist())))
+
+
+def load_checkpoints(names: list[str]) -> list[CarvanaModel]:
+    """The models in some checkpoints. Prints how they differ from each other and from config.py.
+
+    Raises:
+        config.UserMistake: if their masks mean different things.
+    """
+    models = [load_model(name) for name in names]
+    first, first_meaning = models[0].hparams, mask_meaning(models[0].hparams)
+    for name, model in zip(names, models):
+        meaning = mask_meaning(model.hparams)
+        for constant in MASK_MEANING:
+            if meaning[constant] != first_meaning[constant]:
+                raise config.UserMistake(
+                    f'{names[0]} has {constant}={first_meaning[constant]!r}, {name} has {constant}='
+                    f'{meaning[constant]!r}: their masks cannot be averaged: set FOLDS or PATH to '
+                    'models that agree in it, or train again'
+                )
+    differing = {c for model in models for c in config.differing_constants(first, model.hparams)}
+    shown = []
+    for constant in sorted(differing - set(MASK_MEANING)):
+        values = dict.fromkeys(repr(model.hparams.get(constant)) for model in models)
+        shown.append(f'{constant} ({", ".join(values)})')
+    if shown:
+        runtime.print_once(f'the models differ in {", ".join(shown)}: averaged all the same')
+    saved, ours = dict(first) | first_meaning, config.constants()
+    ours |= mask_meaning(ours)
+    shown = [f'{c}={saved[c]!r}, not {ours[c]!r}' for c in FROM_CHECKPOINT if saved[c] != ours[c]]
+    if shown:
+        runtime.print_once(f"the checkpoint's values count, not config.py's: {'; '.join(shown)}")
     return models
+
+
+def mask_meaning(constants: dict) -> dict:
+    """The values of MASK_MEANING, CROP_SIZE always as a pair."""
+    meaning = {name: constants.get(name) for name in MASK_MEANING}
+    return meaning | {'CROP_SIZE': config.pair(meaning['CROP_SIZE'])}
 
 
 def load_model(file: str) -> CarvanaModel:
@@ -107,26 +150,42 @@ def load_model(file: str) -> CarvanaModel:
     return model.eval()
 
 
+def export(model: CarvanaModel, folder: Path, threshold: float) -> None:
+    """Write the network for segmentation_models_pytorch.from_pretrained.
+
+    Its config.json also says how to use it; mean and std are of images scaled to 0..1.
+    """
+    # The underscore tells smp that a name is no argument of the model.
+    model.model.config.update(
+        _mean=model.hparams.MODEL_MEAN,
+        _std=model.hparams.MODEL_STD,
+        _input_size=model.input_size[:2],
+        _scale=model.hparams.SCALE,
+        _classes=model.hparams.CLASSES,
+        _threshold=threshold,
+    )
+    model.model.save_pretrained(folder)
+
+
 # ------------------------------------------------------------ out of fold
 def score_out_of_fold(models: dict[int, CarvanaModel]) -> float:
     """Score each model on its own validation images; write oof.csv and pictures.
 
     Returns: the threshold for the test images: THRESHOLD, or the best one found here.
     """
-    reason = why_not_scored(models)
-    if reason and config.PATH is None and files.is_file(config.TRAIN_FOLDS):
-        raise config.UserMistake(
-            f'{reason}: run Lightning_trainer.py again, or restore the old file'
-        )
-    if reason:
+    if not files.is_file(config.TRAIN_FOLDS):
         threshold = config.THRESHOLD or 0.5
-        runtime.print_once(f'{reason}: no out-of-fold scores; the threshold is {threshold}')
+        reason = f'{config.TRAIN_FOLDS} does not exist: no out-of-fold scores'
+        runtime.print_once(f'{reason}; the threshold is {threshold}')
         return threshold
-    hparams = next(iter(models.values())).hparams
-    classes = hparams.CLASSES
-    thresholds = sorted({*THRESHOLDS, config.THRESHOLD or 0.5}) if classes == 1 else [0.5]
-    table, counts = folds.read_folds(list(models)).sort_values(['kfold', 'img']), []
+    check_unseen(models)
+    table = folds.read_folds(list(models)).sort_values(['kfold', 'img'])
     pairs = dict(zip(table.img, files.pairs_of(table.img)))
+    hparams = next(iter(models.values())).hparams
+    thresholds = [0.5]
+    if hparams.CLASSES == 1:
+        thresholds = sorted({*THRESHOLDS, config.THRESHOLD or 0.5})
+    counts = []
     for fold, rows in table.groupby('kfold'):
         runner = predictor.Predictor([models[fold]], thresholds, config.TTA)
         image_files, mask_files = zip(*(pairs[name] for name in rows.img))
@@ -135,42 +194,41 @@ def score_out_of_fold(models: dict[int, CarvanaModel]) -> float:
     counts = torch.from_numpy(np.stack(counts))  # (N, T, 3, K)
     dice, iou = (x.reshape(counts.shape[:2]) for x in metrics.dice_and_iou(counts.flatten(0, 1)))
     means = dice.mean(0)
-    chosen, half = int(means.argmax()), thresholds.index(0.5)
-    if config.THRESHOLD in thresholds:
-        chosen = thresholds.index(config.THRESHOLD)
-    elif means[chosen] <= means[half] + 1e-6:  # not better than 0.5, except for rounding
-        chosen = half
-    threshold = thresholds[chosen]
+    chosen, half = choose_threshold(means, thresholds), thresholds.index(0.5)
     table['dice'], table['iou'] = dice[:, chosen].numpy(), iou[:, chosen].numpy()
     if rank_zero_only.rank == 0:
         output = config.path(config.OUTPUT)
         files.write_table(table[['img', 'kfold', 'dice', 'iou']], output / 'oof.csv')
         print_scores(table, runtime.trial_note(hparams.get('LIMIT_BATCHES')))
-        if classes > 1:
+        if hparams.CLASSES > 1:
             print_classes(counts[:, 0])
         else:
-            why = 'as set' if config.THRESHOLD else 'tuned on these images'
+            why = 'tuned on these images' if config.THRESHOLD is None else 'as set'
             scores = f'mean Dice {means[chosen]:.4f} ({means[half]:.4f} at 0.5)'
-            print(f'threshold {threshold}: {scores}, {why}')
-    draw_out_of_fold(table, pairs, models, threshold)
-    return threshold
+            print(f'threshold {thresholds[chosen]}: {scores}, {why}')
+    draw_out_of_fold(table, pairs, models, thresholds[chosen])
+    return thresholds[chosen]
 
 
-def why_not_scored(models: dict[int, CarvanaModel]) -> str:
-    """The reason why there can be no out-of-fold scores; '' if there can."""
-    if not files.is_file(config.TRAIN_FOLDS):
-        return f'{config.TRAIN_FOLDS} does not exist'
-    if config.PATH is not None and not config.path(config.TRAIN_PATH).is_dir():
-        return f'{config.TRAIN_PATH} does not exist'
+def check_unseen(models: dict[int, CarvanaModel]) -> None:
+    """Raise config.UserMistake if a fold of TRAIN_FOLDS no longer holds the images that its model was
+    validated on: it could hold images that the model was trained on."""
     for fold, model in models.items():
         saved = model.image_digests
         if saved and saved['val'] != folds.digests(fold)['val']:
-            return f'fold {fold} of {config.TRAIN_FOLDS} has other images than when it was trained'
-    try:
-        files.pairs_of(folds.read_folds(list(models)).img)
-    except config.UserMistake as mistake:
-        return str(mistake)
-    return ''
+            raise config.UserMistake(
+                f'fold {fold} of {config.TRAIN_FOLDS} has other images than when it was trained: run '
+                'Lightning_trainer.py again, restore the old file, or set PATH to predict only'
+            )
+
+
+def choose_threshold(means: torch.Tensor, thresholds: list[float]) -> int:
+    """The place of the threshold to use: THRESHOLD, or the one with the best mean Dice (T,)."""
+    if config.THRESHOLD in thresholds:
+        return thresholds.index(config.THRESHOLD)
+    best, half = int(means.argmax()), thresholds.index(0.5)
+    better = means[best] > means[half] + 1e-6  # and not only by rounding
+    return best if better else half
 
 
 def print_scores(table: pd.DataFrame, note: str) -> None:
@@ -178,24 +236,24 @@ def print_scores(table: pd.DataFrame, note: str) -> None:
     scores = table.groupby('kfold').agg(
         images=('img', 'size'), Dice=('dice', 'mean'), spread=('dice', 'std'), IoU=('iou', 'mean')
     )
-    scores.index.name = 'fold'
     scores.loc['all'] = [len(table), table.dice.mean(), table.dice.std(), table.iou.mean()]
     scores['images'] = scores.images.astype(int)
     print(f"out of fold, at the images' own size{note}")
-    print(scores.to_string(float_format='%.4f'))
-    print('worst Dice:')
+    scores = scores.rename_axis('fold').reset_index()
+    print(scores.to_string(index=False, float_format='%.4f'))
     worst = table.nsmallest(10, 'dice')[['dice', 'img']]
+    print('worst Dice:')
     print(worst.to_string(index=False, header=False, float_format='%.4f'))
 
 
 def print_classes(counts: torch.Tensor) -> None:
     """Print Dice and IoU per class, and the data set's IoU, from counts (N, 3, K)."""
-    dice, iou, whole = metrics.class_means(counts)
-    columns = {'Dice per image': dice, 'IoU per image': iou, 'IoU of the data set': whole}
+    dice, iou, data_set = metrics.class_means(counts)
+    columns = {'Dice per image': dice, 'IoU per image': iou, 'IoU of the data set': data_set}
     table = pd.DataFrame({name: values.numpy() for name, values in columns.items()})
-    table.index.name = 'class'
     table.loc['mean'] = table.mean()
-    print(table.to_string(float_format='%.4f'))
+    table = table.rename_axis('class').reset_index()
+    print(table.to_string(index=False, float_format='%.4f'))
 
 
 def draw_out_of_fold(table: pd.DataFrame, pairs: dict, models: dict, threshold: float) -> None:
@@ -204,24 +262,18 @@ def draw_out_of_fold(table: pd.DataFrame, pairs: dict, models: dict, threshold: 
     ordered, panels = table.sort_values('dice'), []
     middle = max(4, len(ordered) // 2 - 2)
     rows = ordered[:4].assign(kind='worst'), ordered[middle : middle + 4].assign(kind='typical')
-    first = next(iter(models.values()))
+    first_model = next(iter(models.values()))
     for row in pd.concat(rows).itertuples():
-        # Predict the image's whole batch again, to get exactly the mask that was scored.
-        names = table.img[table.kfold == row.kfold].tolist()
-        image_files = [pairs[name][0] for name in names]
-        batches = predictor.ImageBatches(image_files, models[row.kfold])
-        number, place = divmod(names.index(row.img), batches.batch_size)
-        batch = Subset(batches, [number])
-        runner = predictor.Predictor([models[row.kfold]], [threshold], config.TTA)
-        mask = predictor.predict(runner, batch)[place]
-        image_file, mask_file = pairs[row.img]
-        image, truth = images.read_image(image_file), masks.read_mask(mask_file, *first.mask_rule)
+        (image_file, mask_file), model = pairs[row.img], models[row.kfold]
+        runner = predictor.Predictor([model], [threshold], config.TTA)
+        (mask,) = predictor.predict(runner, predictor.ImageBatches([image_file], model))
+        image, truth = images.read_image(image_file), masks.read_mask(mask_file, *model.mask_rule)
         panels.append((row.kind, row.img, image, truth, mask, row.dice))
-    if rank_zero_only.rank:
+    if rank_zero_only.rank > 0:
         return
     output, title = config.path(config.OUTPUT), 'Out of fold: the worst, then typical images'
     plots.save(
-        plots.comparison(panels, title, first.hparams.CLASSES, first.ignored),
+        plots.comparison(panels, title, first_model.hparams.CLASSES, first_model.ignored),
         output / 'oof_worst.png',
     )
     title = f'{len(table)} images out of fold, mean {table.dice.mean():.4f}'
@@ -230,20 +282,16 @@ def draw_out_of_fold(table: pd.DataFrame, pairs: dict, models: dict, threshold: 
 
 
 # ------------------------------------------------------------ test images
-def predict_test(models: dict[int, CarvanaModel], threshold: float, test_files: list[Path]) -> None:
+def predict_test(models: list[CarvanaModel], threshold: float, test_files: list[Path]) -> None:
     """Predict the test images with the mean of the models: submission.csv, masks, a picture."""
     if not test_files:
         return
-    first = next(iter(models.values()))
-    classes, output = first.hparams.CLASSES, config.path(config.OUTPUT)
+    classes, output = models[0].hparams.CLASSES, config.path(config.OUTPUT)
     # Run lengths cannot store several classes.
     mask_folder = output / 'test_masks' if config.SAVE_MASKS or classes > 1 else None
-    checkpoints = files.read_models().checkpoint if config.PATH is None else [config.PATH]
-    stats = [(str(c), config.path(c).stat().st_mtime_ns) for c in checkpoints]
-    runner = predictor.Predictor(list(models.values()), [threshold], config.TTA)
-    batches = predictor.ImageBatches(test_files, first)
-    state = [stats, config.FOLDS, config.RLE_ORDER]
-    if not predictor.write_submission(runner, batches, state, mask_folder):
+    runner = predictor.Predictor(models, [threshold], config.TTA)
+    batches = predictor.ImageBatches(test_files, models[0])
+    if not predictor.write_submission(runner, batches, mask_folder):
         return
     samples, rows = {}, pd.read_csv(output / 'submission.csv', nrows=8)
     for image_file, row in zip(test_files, rows.itertuples()):
@@ -254,8 +302,7 @@ def predict_test(models: dict[int, CarvanaModel], threshold: float, test_files: 
             mask = masks.read_mask(mask_folder / Path(row.img).with_suffix('.png'), classes)
         samples[row.img] = image, mask
     plots.save(plots.samples(samples, classes), output / 'test_samples.png')
-    note = runtime.trial_note(first.hparams.get('LIMIT_BATCHES'))
-    print(f'{len(test_files)} images of {config.TEST_PATH}: submission.csv, test_samples.png{note}')
+    print(f'{len(test_files)} images of {config.TEST_PATH}: submission.csv, test_samples.png')
 
 
 if __name__ == '__main__':

@@ -3,74 +3,137 @@
 import argparse
 import ast
 import errno
+import io
 import json
+import os
 import re
+import signal
 import sys
 import typing
+from contextlib import contextmanager
 from pathlib import Path
 
 import config
 
-# Annotation in config.py -> description, and the types of its values.
+# Annotation in config.py -> description of its values.
 KINDS = {
-    int: ('a whole number from 1 up', {int}),
-    float: ('a number above 0', {int, float}),
-    bool: ('True or False', {bool}),
-    str: ('text', {str}),
-    dict: ("""a dictionary, such as "{'smooth': 1.0}" (in a shell, with all quotes)""", {dict}),
-    list: ('a list', {list, tuple}),
-    tuple: ('a list', {list, tuple}),
-    type(None): ('None', {type(None)}),
+    int: 'a whole number from 1 up',
+    float: 'a number above 0',
+    bool: 'True or False',
+    str: 'text',
+    dict: """a dictionary, such as "{'smooth': 1.0}" (in a shell, with all quotes)""",
+    list: 'a list',
+    tuple: 'a list',
+    type(None): 'None',
 }
+NUMBERS = (int, float)
+
+
+# ------------------------------------------------------------ legal values
+def is_size(value) -> bool:
+    sides = config.pair(value)
+    return len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)
+
+
+def has_channels(values) -> bool:
+    return len(values) == config.CHANNELS and all(type(value) in NUMBERS for value in values)
+
+
+def are_colours(values) -> bool:
+    if not all(len(value) == 3 and set(value) <= set(range(256)) for value in values):
+        return False
+    return len(values) == len(set(map(tuple, values))) == max(2, config.CLASSES)
+
+
+def is_suffix(value) -> bool:
+    suffixes = config.endings(value)
+    return len(suffixes) > 0 and all(type(suffix) is str and '.' in suffix for suffix in suffixes)
+
+
+def are_folds(values) -> bool:
+    return 0 < len(values) == len(set(values)) and set(values) <= set(range(config.N_FOLDS))
+
+
+def are_files(value) -> bool:
+    files = [value] if type(value) is str else value
+    return len(files) > 0 and all(type(file) is str and file != '' for file in files)
+
+
+def is_positive(value) -> bool:
+    """The rule where no other is given: numbers are above 0, text is not empty."""
+    return value > 0 if type(value) in NUMBERS else value != ''
+
+
+SUFFIX = "a suffix such as '.png' or '_mask.png', or a list of suffixes", is_suffix
 # Name -> legal values and a test, where a constant's annotation does not say enough.
+# None is legal if the annotation allows it. The test does not see it.
 RULES = {
-    'CROP_SIZE': ('a side in pixels, or (height, width)',
-                  lambda v: [type(x) is int and x > 0 for x in config.pair(v)] == [True, True]),
-    'CHANNELS': ('1 or 3', lambda v: v in (1, 3)),
-    'CLASSES': ('a whole number from 1 to 255', lambda v: 1 <= v <= 255),
-    'INPUT_SHAPE': ('(CHANNELS, height, width): set CROP_SIZE instead',
-                    lambda v: list(v) == [config.CHANNELS, *config.crop_size()]),
-    'MODEL_MEAN': ('one number per channel (CHANNELS)',
-                   lambda v: [type(x) in NUMBERS for x in v] == [True] * config.CHANNELS),
-    'MODEL_STD': ('one number above 0 per channel',
-                  lambda v: [type(x) in NUMBERS and x > 0 for x in v] == [True] * config.CHANNELS),
-    'IGNORE_INDEX': ('None or a whole number, but not 0 or 1 if CLASSES is 1 or 2',
-                     lambda v: config.CLASSES > 2 or v not in (0, 1)),
-    'MASK_COLOURS': ('None or [(r, g, b), ...] from 0 to 255: one per class, or two if CLASSES=1',
-                     lambda v: v is None or len(v) == len({*map(tuple, v)}) == max(2, config.CLASSES)
-                     == sum(len(c) == 3 and set(c) <= set(range(256)) for c in v)),
     'IMAGE_PREFIX': ('text', lambda v: True),
     'MASK_PREFIX': ('text', lambda v: True),
     'RLE_ORDER': ("'rows' or 'columns'", lambda v: v in ('rows', 'columns')),
+    'IMAGE_SUFFIX': SUFFIX,
+    'MASK_SUFFIX': SUFFIX,
+    'TEST_SUFFIX': SUFFIX,
+    'CROP_SIZE': ('a side in pixels, or (height, width)', is_size),
+    'CHANNELS': ('1 or 3', lambda v: v in (1, 3)),
+    'CLASSES': ('a whole number from 1 to 255', lambda v: 1 <= v <= 255),
+    'INPUT_SHAPE': (
+        '(CHANNELS, height, width): set CROP_SIZE instead',
+        lambda v: list(v) == [config.CHANNELS, *config.crop_size()],
+    ),
+    'MODEL_MEAN': ('one number per channel (CHANNELS)', has_channels),
+    'MODEL_STD': ('one number above 0 per channel', lambda v: has_channels(v) and min(v) > 0),
+    'IGNORE_INDEX': (
+        'None or a whole number, but not 0 or 1 if CLASSES is 1 or 2',
+        lambda v: config.CLASSES > 2 or v not in (0, 1),
+    ),
+    'MASK_COLOURS': (
+        'None or [(r, g, b), ...] from 0 to 255: one per class, or two if CLASSES=1',
+        are_colours,
+    ),
     'N_FOLDS': ('a whole number from 2 up', lambda v: v >= 2),
-    'GROUP_REGEX': ('None or a regular expression with one (group)',
-                    lambda v: v is None or re.compile(v).groups >= 1),
-    **dict.fromkeys(
-        ('IMAGE_SUFFIX', 'MASK_SUFFIX', 'TEST_SUFFIX'),
-        ("a suffix such as '.png' or '_mask.png', or a list of suffixes",
-         lambda v: v and all(type(x) is str and '.' in x for x in config.endings(v)))),
-    'FOLDS': ('a list of different folds from 0 to N_FOLDS - 1, such as [0]',
-              lambda v: 0 < len(v) == len(set(v)) and set(v) <= set(range(config.N_FOLDS))),
-    'PRECISION': ("16, 'bf16' or 32", lambda v: v in (16, 32, 'bf16')),
-    'SCHEDULE': ("None, 'cosine' or 'poly'", lambda v: v in (None, 'cosine', 'poly')),
+    'GROUP_REGEX': (
+        'None or a regular expression with one (group)',
+        lambda v: re.compile(v).groups >= 1,
+    ),
+    'FOLDS': ('a list of different folds from 0 to N_FOLDS - 1, such as [0]', are_folds),
+    'PRECISION': ("16, 'bf16' or 32", lambda v: v in (16, 'bf16', 32)),
+    'SCHEDULE': ("None, 'cosine' or 'poly'", lambda v: v in ('cosine', 'poly')),
     'SEED': ('a whole number from 0 to 2**32 - 1', lambda v: 0 <= v < 2**32),
     'NUM_WORKERS': ('a whole number from 0 up', lambda v: v >= 0),
-    'DEVICES': ("a number of devices per machine, -1 or 'auto'", lambda v: v in ('auto', -1) or v > 0),
-    'THRESHOLD': ('None or a probability between 0 and 1', lambda v: v is None or 0 < v < 1),
-}  # fmt: skip
-NUMBERS = (int, float)
+    'DEVICES': (
+        "a number of devices per machine, -1 or 'auto'",
+        lambda v: v in ('auto', -1) or v > 0,
+    ),
+    # A forked or spawned process does not run the script, so it would not know the arguments.
+    'STRATEGY': (
+        "'auto', 'ddp' or another one that starts the script again, not fork, spawn or notebook",
+        lambda v: not re.search('fork|spawn|notebook', v),
+    ),
+    'PATH': ('None, a checkpoint or a list of checkpoints', are_files),
+    'THRESHOLD': ('None or a probability between 0 and 1', lambda v: 0 < v < 1),
+}
 NAMES = list(config.constants())
 ANNOTATIONS = dict(config.__annotations__)  # read once: override() runs config.py again
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-DISK = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+DISK |= {errno.ENOTDIR, errno.EEXIST}
 
 
-def kinds(name: str) -> tuple[str, set]:
-    """Description and types of the values that a constant's annotation allows; without one, all."""
-    annotation = ANNOTATIONS.get(name)
-    allowed = typing.get_args(annotation) or ([annotation] if annotation else KINDS)
-    described, types = zip(*(KINDS[kind] for kind in allowed))
-    return ' or '.join(described), set().union(*types)
+def kinds(name: str) -> list[type]:
+    """The types in a constant's annotation; without one, all of KINDS."""
+    if name not in ANNOTATIONS:
+        return list(KINDS)
+    return list(typing.get_args(ANNOTATIONS[name])) or [ANNOTATIONS[name]]
+
+
+def has_kind(name: str, value) -> bool:
+    """Whether a constant's annotation allows the type of a value."""
+    allowed = set(kinds(name))
+    if float in allowed:
+        allowed.add(int)
+    if list in allowed or tuple in allowed:
+        allowed |= {list, tuple}
+    return type(value) in allowed
 
 
 def override(arguments: list[str]) -> None:
@@ -87,12 +150,12 @@ def override(arguments: list[str]) -> None:
             value = ast.literal_eval(text)
         except (ValueError, TypeError, SyntaxError):
             value = text
-        if type(value) is str and value[:1] in ('[', '{') and {list, dict} & kinds(name)[1]:
+        if value == text and text.startswith(('[', '{')) and {list, tuple, dict} & set(kinds(name)):
             raise config.UserMistake(
                 f'{argument}: not a Python literal. The shell may have removed its quotes: put the '
                 f"""argument in double quotes, such as "IMAGE_SUFFIX=['.jpg', '.png']" """
             )
-        given[name] = value if type(value) in kinds(name)[1] else text  # INPUT=2018 is text
+        given[name] = value if has_kind(name, value) else text  # INPUT=2018 is text
     # A statement may use the constants above it, so the given values are set after each one.
     for statement in ast.parse(Path(config.__file__).read_text(encoding='utf-8')).body:
         if not isinstance(statement, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
@@ -103,12 +166,11 @@ def override(arguments: list[str]) -> None:
 def check() -> None:
     """Raise config.UserMistake if a constant has a wrong value. It names the valid values."""
     for name, value in config.constants().items():
-        described, types = kinds(name)
-        default = described, lambda v: v > 0 if type(v) in NUMBERS else v != ''
-        legal, test = RULES.get(name, default)
+        described = ' or '.join(KINDS[kind] for kind in kinds(name))
+        legal, test = RULES.get(name, (described, is_positive))
         try:
             json.dumps(value)  # checkpoints can save only plain types
-            right = type(value) in types and test(value)
+            right = has_kind(name, value) and (value is None or test(value))
         except (TypeError, re.error):
             right = False
         if not right:
@@ -127,13 +189,39 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def explain_disk_error(error: OSError) -> str:
-    """A message about a file that cannot be written. It names the constant of the folder."""
-    file = Path(error.filename or '')
-    folders = {n: config.path(getattr(config, n)) for n in ('OUTPUT', 'LOGS_PATH', 'INPUT')}
-    name = next((n for n, folder in folders.items() if file.is_relative_to(folder)), 'OUTPUT')
-    room = 'make room on the disk, or ' * (error.errno in FULL)
-    return f'{file}: {error.strerror}: {room}set {name} to a folder that you can write to'
+# ------------------------------------------------------------ a script
+@contextmanager
+def exit_on_sigterm():
+    """Raise SystemExit with status 143 on SIGTERM, wherever the main thread is, as Ctrl-C raises
+    KeyboardInterrupt. docker stop, scancel and timeout send SIGTERM. Lightning calls this handler
+    after its own, which by itself only sets a flag that prediction never reads.
+    """
+    status, stopped = 128 + signal.SIGTERM, False
+
+    def stop(*_) -> None:
+        nonlocal stopped
+        stopped = True
+        sys.exit(status)
+
+    def end_in_destructor(lost) -> None:
+        # Python drops what is raised in a destructor, such as the one that waits for the workers.
+        if not stopped:
+            earlier_hook(lost)
+            return
+        sys.stdout.flush()
+        os._exit(status)
+
+    earlier_handler = signal.signal(signal.SIGTERM, stop)
+    earlier_hook, sys.unraisablehook = sys.unraisablehook, end_in_destructor
+    try:
+        yield
+    except BaseException:
+        if stopped:  # workers that were stopped as well raise errors of their own
+            sys.exit(status)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, earlier_handler)
+        sys.unraisablehook = earlier_hook
 
 
 def run(main, doc: str, options: dict[str, dict] | None = None, defaults: list[str] = ()) -> None:
@@ -145,6 +233,9 @@ def run(main, doc: str, options: dict[str, dict] | None = None, defaults: list[s
         options: name -> keywords of argparse's add_argument.
         defaults: NAME=value arguments; those of the user override them.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
+        # Print file names that the terminal's encoding lacks as \u65e5, as standard error does.
+        sys.stdout.reconfigure(errors='backslashreplace')
 
     def refuse(message: str):
         raise config.UserMistake(f'{message}; see --help')
@@ -163,11 +254,14 @@ def run(main, doc: str, options: dict[str, dict] | None = None, defaults: list[s
         values = parser.parse_intermixed_args()
         override([*defaults, *values.arguments])
         check()
-        if not options:
+        with exit_on_sigterm():
+            if options:
+                main(values)
+                return
             # Lightning starts more processes with this command line. It gives them all constants as
             # they are now, even if config.py is edited in the meantime.
             sys.argv[1:] = as_arguments()
-        main(*[values] if options else [])
+            main()
     except config.UserMistake as mistake:
         # PyTorch puts the traceback of a DataLoader worker before the message.
         sys.exit(str(mistake).rsplit('UserMistake: ', 1)[-1].strip())
@@ -176,4 +270,4 @@ def run(main, doc: str, options: dict[str, dict] | None = None, defaults: list[s
     except OSError as error:
         if error.errno not in DISK:
             raise
-        sys.exit(explain_disk_error(error))
+        sys.exit(f'{error}: make room, or set OUTPUT or LOGS_PATH')

@@ -104,7 +104,7 @@ STRATEGY: str = 'auto'  # 'auto', 'ddp', ... as in Lightning's Trainer
 COMPILE: bool = False  # torch.compile: takes minutes at the start, then steps are faster
 
 # ---------------------------------------------------------------- testing
-PATH: str | None = None  # a checkpoint; None = the best one of every trained fold (models.csv)
+PATH: str | list | None = None  # predict with these checkpoints; None = all folds (models.csv)
 TTA: bool = False  # also predict the mirrored image, and average
 THRESHOLD: float | None = None  # probability above it is foreground; None = the best out of fold
 SAVE_MASKS: bool = False  # also write OUTPUT/test_masks/<img>.png

@@ -98,7 +98,7 @@ def check_files(names: list[str], pairs: list[tuple]) -> None:
         raise config.UserMistake(
             f'{len(differ)} images and their masks differ in size: {shown}: {remedy}'
         )
-    images.print_wide(sizes, config.crop_size()[1], config.SCALE)
+    images.print_large(sizes, config.crop_size(), config.SCALE)
     if lossy and config.CLASSES <= 2 and config.MASK_COLOURS is None:
         print(f'{lossy} masks are JPEG files, which is lossy: 128 and above is foreground')
     if rotated:

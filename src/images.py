@@ -156,13 +156,14 @@ def check(file, check_kind=check_pixels) -> Header:
         return header
 
 
-def print_wide(sizes: list[tuple], width: int, scale: float | None) -> None:
-    """Print one line if images (height, width) are much wider than the model's input."""
-    wide = sum(size[1] > 4 * width for size in sizes)
-    if wide and scale is None:
+def print_large(sizes: list[tuple], crop_size: tuple[int, int], scale: float | None) -> None:
+    """Print one line if images (height, width) are much larger than the model's input."""
+    height, width = crop_size
+    large = sum(size[0] > 4 * height or size[1] > 4 * width for size in sizes)
+    if large and scale is None:
         print(
-            f'{wide} images are more than four times as wide as the {width} pixels of CROP_SIZE: small '
-            'objects may vanish when resized; training with SCALE=1.0 avoids this'
+            f'{large} images are more than four times as high or wide as CROP_SIZE={config.CROP_SIZE}: '
+            'small objects may vanish when resized; training with SCALE=1.0 avoids this'
         )
 
 

@@ -33,34 +33,39 @@ def predict_windows(model, x: torch.Tensor, size: tuple[int, int], batch_size: i
     a Hann window. A model is worst at the border of its input, so images are extended by reflection,
     by an eighth of a window, as in U-Net (Ronneberger et al. 2015, arXiv 1505.04597).
     """
-    own, axes = x.shape[2:], []
-    if own == size:
+    height, width = x.shape[2:]
+    if (height, width) == tuple(size):
         return model(x)
-    for side, length in zip(own, size):
-        extra = length // 8
-        widths = extra, max(extra, length - extra - side)
-        pixels = np.pad(np.arange(side), widths, 'reflect' if side > 1 else 'edge')
-        weight = torch.hann_window(length + 2, periodic=False, device=x.device)[1:-1]
-        axes.append(
-            (torch.from_numpy(pixels).to(x.device), window_slices(len(pixels), length), weight)
-        )
-    (rows, row_cuts, row_weight), (columns, column_cuts, column_weight) = axes
-    windows, total = list(itertools.product(row_cuts, column_cuts)), None
+    rows, row_windows = axis_windows(height, size[0], x.device)
+    columns, column_windows = axis_windows(width, size[1], x.device)
+    padded = x[..., rows[:, None], columns]
+    windows, total = list(itertools.product(row_windows, column_windows)), None
     for first in range(0, len(windows), batch_size):
         batch = windows[first : first + batch_size]
-        logits = model(torch.cat([x[..., rows[r][:, None], columns[c]] for r, c in batch])).float()
+        cut = torch.cat([padded[..., r, c] for (r, _), (c, _) in batch])
+        logits = model(cut).float()
         if total is None:
             total = logits.new_zeros(len(x), logits.shape[1], len(rows), len(columns))
-        for (r, c), part in zip(batch, logits.split(len(x))):
-            total[..., r, c] += part * (row_weight[:, None] * column_weight)
-    # The weights are a product of rows and columns, and so are their sums.
-    for (pixels, cuts, weight), shape in zip(axes, ((-1, 1), (1, -1))):
-        sums = torch.zeros(len(pixels), device=x.device)
-        for cut in cuts:
-            sums[cut] += weight
-        total /= sums.reshape(shape)
-    top, left = (length // 8 for length in size)
-    return total[..., top : top + own[0], left : left + own[1]]
+        for ((r, row_weights), (c, column_weights)), part in zip(batch, logits.split(len(x))):
+            total[..., r, c] += part * (row_weights[:, None] * column_weights)
+    top, left = size[0] // 8, size[1] // 8
+    return total[..., top : top + height, left : left + width]
+
+
+def axis_windows(side: int, length: int, device) -> tuple[torch.Tensor, list[tuple]]:
+    """Cover an axis of `side` pixels, extended by reflection, with windows of `length`.
+
+    Returns: the pixel of the image at each place of the extended axis; per window its slice of that
+    axis and its weights (length,). The weights of all windows at a place sum to 1.
+    """
+    border = length // 8
+    widths = border, max(border, length - border - side)
+    pixels = np.pad(np.arange(side), widths, 'reflect' if side > 1 else 'edge')
+    hann = torch.hann_window(length + 2, periodic=False, device=device)[1:-1]
+    slices, sums = window_slices(len(pixels), length), torch.zeros(len(pixels), device=device)
+    for cut in slices:
+        sums[cut] += hann
+    return torch.from_numpy(pixels).to(device), [(cut, hann / sums[cut]) for cut in slices]
 
 
 def window_slices(side: int, length: int) -> list[slice]:

@@ -1,5 +1,6 @@
 """The pictures that the scripts write, in colours that colour-blind people can tell apart."""
 
+import warnings
 from pathlib import Path
 
 import cv2
@@ -33,15 +34,18 @@ def figure(rows: int, columns: int, width: float, height: float, title: str):
 
 def save(fig: Figure, file: Path) -> Path:
     """Write a picture atomically."""
-    with files.atomic_write(file) as temporary:
+    with files.atomic_write(file) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing from font')  # drawn as a box
         fig.savefig(temporary, format='png')
     return file
 
 
 def show_image(axis, image: np.ndarray, title: str) -> None:
     """Draw a uint8 image (H, W, 1 or 3) without ticks; a long title is shortened."""
+    if len(title) > 32:
+        title = f'{title[:15]}...{title[-14:]}'
     axis.imshow(image.squeeze(), cmap='gray', vmin=0, vmax=255)
-    axis.set_title(title if len(title) <= 32 else f'{title[:15]}...{title[-14:]}', fontsize=8)
+    axis.set_title(title, fontsize=8, parse_math=False)  # a file may be named a$_$.png
     axis.set(xticks=[], yticks=[])
 
 
@@ -65,7 +69,9 @@ def errors(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, ignore)
 
 def legend(fig: Figure, classes: int, **others: str) -> None:
     """Name the colours of `overlay`, and others (name=colour), below the axes."""
-    names = [f'class {index}' for index in range(1, classes)] or ['foreground']
+    names = [f'class {index}' for index in range(1, classes)]
+    if classes == 1:
+        names = ['foreground']
     entries = [*zip(names, CLASS_COLOURS), *others.items()]
     handles = [Patch(color=colour, label=name) for name, colour in entries]
     fig.legend(handles=handles, loc='outside lower center', ncols=8, fontsize=8, frameon=False)

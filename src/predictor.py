@@ -40,27 +40,35 @@ def list_test_files(model) -> list[Path]:
         runtime.print_once(f'nothing to predict: TEST_PATH={folder} does not exist, or it is empty')
         return []
     found = files.list_files('TEST_PATH')
-    names = list(found)
-    if files.is_table('TEST_CSV', 'sample_submission.csv'):
-        table = files.read_table(config.path(config.TEST_CSV), ['img'], 'fix or remove it')
-        cells = table.img.drop_duplicates()
-        asked = [files.name_in_table(cell, 'TEST_PATH') for cell in cells]
-        missing, extra = sorted(set(asked) - set(names)), sorted(set(names) - set(asked))
-        if len(missing) == len(asked):
-            runtime.print_once(f'{config.TEST_CSV} lists no image of {folder}: all are predicted')
-        else:
-            names = [name for name in asked if name not in missing]
-            for left_out, what in ((missing, 'not in TEST_PATH'), (extra, 'not in TEST_CSV')):
-                if left_out:
-                    shown = files.first_few(left_out)
-                    runtime.print_once(f'{len(left_out)} test images left out, {what}: {shown}')
+    names = in_order_of_table(list(found))
     paths = [found[name] for name in names]
     checked = tqdm(paths, 'checking headers', disable=None, leave=False)
     sizes = [images.check(file).size for file in checked]
     if rank_zero_only.rank == 0:
-        images.print_wide(sizes, model.input_size[1], model.hparams.SCALE)
+        images.print_large(sizes, model.input_size[:2], model.hparams.SCALE)
         files.print_unused('TEST_PATH', set(paths), 'predicted')
     return paths
+
+
+def in_order_of_table(names: list[str]) -> list[str]:
+    """The names that TEST_CSV lists, in its order; all names if it lists none of them."""
+    if not files.is_table('TEST_CSV', 'sample_submission.csv'):
+        return names
+    table = files.read_table(config.path(config.TEST_CSV), ['img'], 'fix or remove it')
+    listed = dict.fromkeys(files.name_in_table(cell, 'TEST_PATH') for cell in table.img)
+    missing, unlisted = sorted(set(listed) - set(names)), sorted(set(names) - set(listed))
+    chosen = [name for name in listed if name in set(names)]
+    differences = []
+    if missing:
+        shown = files.first_few(missing)
+        differences.append(f'{len(missing)} of its images are not in TEST_PATH ({shown})')
+    if unlisted:
+        fate = 'not predicted' if chosen else 'predicted all the same'
+        shown = files.first_few(unlisted)
+        differences.append(f'{len(unlisted)} images are not in it and are {fate} ({shown})')
+    if differences:
+        runtime.print_once(f'{config.TEST_CSV}: {"; ".join(differences)}')
+    return chosen or names
 
 
 class ImageBatches(Dataset):
@@ -126,7 +134,7 @@ class Predictor(pl.LightningModule):
             mean += metrics.activate(model.predict(x))  # in place: a scan's are large
             if self.tta:
                 mean += metrics.activate(model.predict(x.flip(-1))).flip(-1)
-        return mean.div_(len(self.models) * (1 + self.tta))
+        return mean.div_(len(self.models) * (2 if self.tta else 1))
 
     def predict_step(self, batch: dict, batch_index: int) -> list[np.ndarray]:
         """Per image of a batch of ImageBatches: class indices, uint8 (height, width); if the batch
@@ -168,32 +176,33 @@ def share(batches: ImageBatches, trainer, done: int = 0) -> DataLoader:
     Lightning needs a batch in every process, so an empty share gets one empty batch.
     """
     first, end = (len(batches) * (trainer.global_rank + i) // trainer.world_size for i in (0, 1))
-    own = torch.utils.data.Subset(batches, range(min(first + done, end), end))
+    this_rank = torch.utils.data.Subset(batches, range(min(first + done, end), end))
+    workers = min(config.NUM_WORKERS, len(this_rank))
     return DataLoader(
-        own if len(own) else [{}],
+        this_rank if len(this_rank) else [{}],
         batch_size=None,
-        num_workers=config.NUM_WORKERS,
+        num_workers=workers,
         pin_memory=trainer.strategy.root_device.type == 'cuda',
-        prefetch_factor=2 if config.NUM_WORKERS else None,
+        prefetch_factor=2 if workers else None,
     )
 
 
-def new_trainer(*callback) -> pl.Trainer:
+def trainer_with_bar() -> pl.Trainer:
     """A Trainer that predicts, with a progress bar on a terminal."""
     bars = callbacks.progress_bars()
-    return runtime.make_trainer(callbacks=[*callback, *bars], enable_progress_bar=bool(bars))
+    return runtime.make_trainer(callbacks=bars, enable_progress_bar=bool(bars))
 
 
 def predict(predictor: Predictor, batches: ImageBatches) -> list[np.ndarray]:
     """The results of Predictor.predict_step for all images, in order, on every process."""
-    trainer = new_trainer()
+    trainer = trainer_with_bar()
     with runtime.explain_errors(training=False):
         results = trainer.predict(predictor, share(batches, trainer))
-    parts = [[result for batch in results for result in batch]]
+    ranks = [[result for batch in results for result in batch]]
     if trainer.world_size > 1:
-        own, parts = parts[0], [None] * trainer.world_size
-        torch.distributed.all_gather_object(parts, own)
-    return [result for part in parts for result in part]
+        this_rank, ranks = ranks[0], [None] * trainer.world_size
+        torch.distributed.all_gather_object(ranks, this_rank)
+    return [result for rank in ranks for result in rank]
 
 
 class SubmissionWriter(BasePredictionWriter):
@@ -217,40 +226,56 @@ class SubmissionWriter(BasePredictionWriter):
         for name, mask in zip(batch.get('img', ()), results):
             if self.mask_folder is not None:
                 png = cv2.imencode('.png', mask * np.uint8(self.scale))[1]
-                with files.atomic_write(
-                    self.mask_folder / Path(name).with_suffix('.png')
-                ) as temporary:
+                file = self.mask_folder / Path(name).with_suffix('.png')
+                with files.atomic_write(file) as temporary:
                     temporary.write_bytes(png)
             rows.writerow([name, masks.rle_encode(mask, config.RLE_ORDER)])
         with self.part.open('a', encoding='utf-8', newline='') as file:
             file.write(text.getvalue())
 
 
-def write_submission(predictor: Predictor, batches: ImageBatches, state: list, mask_folder) -> bool:
-    """Predict all images and write OUTPUT/submission.csv. RESUME continues a killed run.
+def fingerprint(predictor: Predictor, batches: ImageBatches, save_masks: bool, ranks: int) -> str:
+    """A digest of all that a run's results depend on. It survives a copy to another machine."""
+    names = [files.relative(file, batches.folder) for file in batches.image_files]
+    sizes = [file.stat().st_size for file in batches.image_files]
+    settings = [config.TEST_PATH, names, sizes, batches.batch_size, save_masks, ranks]
+    settings += [predictor.thresholds.tolist(), predictor.tta, runtime.precision()[0]]
+    settings += [config.RLE_ORDER]
+    settings += [dict(model.hparams) for model in predictor.models]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for tensor in predictor.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def keep_whole_batches(part: Path, batch_size: int) -> int:
+    """Drop the rows of an unfinished batch from the end of a part file. Returns the batches left."""
+    lines = part.read_bytes().splitlines(keepends=True) if part.exists() else []
+    done = sum(line.endswith(b'\n') for line in lines) // batch_size
+    part.write_bytes(b''.join(lines[: done * batch_size]))
+    return done
+
+
+def write_submission(predictor: Predictor, batches: ImageBatches, mask_folder) -> bool:
+    """Predict all images and write OUTPUT/submission.csv. RESUME continues a killed run of the same
+    fingerprint.
 
     Args:
-        state: what else the masks depend on: the checkpoints. A killed run is resumed only if
-            this, the images and the settings are unchanged.
         mask_folder: see SubmissionWriter.
 
     Returns: whether this is the process that wrote the file.
     """
-    trainer = new_trainer()
-    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in batches.image_files]
-    state = [*state, stats, batches.batch_size, predictor.thresholds.tolist(), predictor.tta]
-    state += [runtime.precision()[0], str(mask_folder), trainer.world_size]
-    key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+    trainer = trainer_with_bar()
+    key = fingerprint(predictor, batches, mask_folder is not None, trainer.world_size)
     target = config.path(config.OUTPUT) / 'submission.csv'
+    target.parent.mkdir(parents=True, exist_ok=True)
     parts = [target.with_name(f'submission.{key}.part{r}') for r in range(trainer.world_size)]
-    own = parts[trainer.global_rank]
-    # Keep the rows of whole batches. A batch is predicted again if any of its rows is missing.
-    lines = own.read_bytes().splitlines(keepends=True) if config.RESUME and own.exists() else []
-    done = sum(line.endswith(b'\n') for line in lines) // batches.batch_size
-    own.parent.mkdir(parents=True, exist_ok=True)
-    own.write_bytes(b''.join(lines[: done * batches.batch_size]))
+    part = parts[trainer.global_rank]
+    if not config.RESUME:
+        part.unlink(missing_ok=True)
+    done = keep_whole_batches(part, batches.batch_size)
     scale = 255 if predictor.models[0].hparams.CLASSES == 1 else 1
-    trainer.callbacks.append(SubmissionWriter(own, mask_folder, scale))
+    trainer.callbacks.append(SubmissionWriter(part, mask_folder, scale))
     with runtime.explain_errors(training=False):
         trainer.predict(predictor, share(batches, trainer, done), return_predictions=False)
     trainer.strategy.barrier()  # all parts are complete

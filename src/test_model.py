@@ -32,8 +32,8 @@ def print_part(name: str, part: torch.nn.Module, _, output) -> None:
 
 def main(options) -> None:
     if options.list is not None:
-        # End quietly in `--list | head`. Windows has no SIGPIPE.
-        signal.signal(getattr(signal, 'SIGPIPE', signal.SIGTERM), signal.SIG_DFL)
+        if hasattr(signal, 'SIGPIPE'):  # not on Windows
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly in `--list | head`
         print('MODEL_NAME = smp_<decoder>_<encoder>\n\ndecoders:', *decoders.DECODERS)
         names = [name for name in encoders.names() if options.list in name]
         print('\nencoders (tu-: from timm):', *names, sep='\n  ')
@@ -42,8 +42,13 @@ def main(options) -> None:
     model = model_dispatcher.build_model(name, None, config.CHANNELS, config.CLASSES)
     model_dispatcher.try_out(model, name, config.TRAIN_BATCH_SIZE, shape)
     print(f'{name} at {tuple(shape)}')
-    parts = {'encoder': model.encoder, 'decoder': model.decoder, 'head': model.segmentation_head}
-    for part_name, part in {**parts, 'all': model}.items():
+    parts = {
+        'encoder': model.encoder,
+        'decoder': model.decoder,
+        'head': model.segmentation_head,
+        'all': model,
+    }
+    for part_name, part in parts.items():
         part.register_forward_hook(partial(print_part, part_name))
     with torch.inference_mode():
         model.eval()(torch.zeros(1, *shape))

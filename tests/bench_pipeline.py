@@ -1,13 +1,14 @@
 """How fast images reach the model, in one process, against the original's own way; ratios.
 
-    python tests/bench_pipeline.py [images=32]
+    python tests/bench_pipeline.py [--cars 2] [--size 1918x1280] [--repeats 5]
 
 The baseline is what the original did: each image and mask decoded by PIL at full size, albumentations
 for Resize, ShiftScaleRotate (as Affine, its successor) and Normalize, float tensors. Both ways read
-the same 1918x1280 images of demo.py in turn, five times; medians. With CACHE=True the first epoch,
-which builds the cache, is not timed. Last, how far a reduced JPEG decode is from a full one.
+the same images of demo.py, 16 of each car, in turn, five times; medians. With CACHE=True the first
+epoch, which builds the cache, is not timed. Last, how far a reduced JPEG decode is from a full one.
 """
 
+import argparse
 import os
 import statistics
 import sys
@@ -73,8 +74,8 @@ def seconds(data: Dataset) -> float:
     return time.perf_counter() - start
 
 
-def compare(label: str, ours: Dataset, original: Dataset) -> None:
-    pairs = [(seconds(ours), seconds(original)) for _ in range(5)]
+def compare(label: str, ours: Dataset, original: Dataset, repeats: int) -> None:
+    pairs = [(seconds(ours), seconds(original)) for _ in range(repeats)]
     our, their = (statistics.median(times) for times in zip(*pairs))
     print(
         f'{label:28s} {len(ours) / our:6.1f} images/s, the original way {len(ours) / their:6.1f}, '
@@ -95,21 +96,25 @@ def reduced_decode(names: list[str], size: int) -> str:
 
 
 def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 32
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cars', type=int, default=2)
+    parser.add_argument('--size', type=demo.size, default=(1918, 1280))
+    parser.add_argument('--repeats', type=int, default=5)
+    options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        demo.make_dataset(folder, cars=max(2, -(-count // 16)), test_cars=0, size=(1918, 1280))
+        demo.make_dataset(folder, options.cars, test_cars=0, size=options.size)
         words = [f'INPUT={folder}', f'OUTPUT={folder}/output', 'N_FOLDS=2', 'NUM_WORKERS=2']
         for size in (1024, 512, 256):
             command_line.override([*words, f'CROP_SIZE={size}'])
             folds.main()
             ours = dataset.CarvanaDataset([0, 1], train=True)
             original = OriginalWay(ours.names, size)
-            compare(f'CROP_SIZE={size}', ours, original)
+            compare(f'CROP_SIZE={size}', ours, original, options.repeats)
             config.CACHE = True
             cached = dataset.CarvanaDataset([0, 1], train=True)
             seconds(cached)
-            compare(f'CROP_SIZE={size} CACHE=True', cached, original)
+            compare(f'CROP_SIZE={size} CACHE=True', cached, original, options.repeats)
             print(f'  reduced JPEG decoding: {reduced_decode(ours.names, size)}')
 
 

@@ -1,6 +1,6 @@
 """How fast the tester predicts and encodes, against decoding alone, on 1918x1280 JPEGs.
 
-    python tests/bench_prediction.py [images=200]
+    python tests/bench_prediction.py [--images 200] [--size 1918x1280] [--repeats 5]
 
 The model is one layer, so that what is measured is everything around it: decoding in the workers,
 resizing, the probabilities at full size, the threshold, run lengths, writing. The baseline is a loop
@@ -10,13 +10,13 @@ needs one, and torch has one thread, as one layer has no work for more. Then one
 one JPEG decoded, in this process.
 """
 
+import argparse
 import os
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -28,23 +28,23 @@ import config
 import demo
 import images
 import masks
+import model_dispatcher
 import predictor
 import runtime
+from Lightning_module import CarvanaModel
 
 
 class OneLayer(torch.nn.Module):
-    """Replaces a CarvanaModel: logits that follow the green channel, at next to no cost."""
+    """A network of MODELS: logits that follow the green channel, at next to no cost."""
 
-    def __init__(self, height: int, width: int):
+    def __init__(self, weights=None, channels=3, classes=1):
         super().__init__()
-        self.input_size = height, width, 3
-        self.hparams = SimpleNamespace(CLASSES=1, IGNORE_INDEX=None)
         self.layer = torch.nn.Conv2d(1, 1, 1)
-        torch.nn.init.constant_(self.layer.weight, 3 / 40)
+        torch.nn.init.constant_(self.layer.weight, 20)
         torch.nn.init.constant_(self.layer.bias, -8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x[:, 1:2].float())
+        return self.layer(x[:, 1:2])
 
 
 class Decoding(Dataset):
@@ -62,9 +62,10 @@ class Decoding(Dataset):
 
 def predict(files: list[Path], folder: Path, size: int) -> None:
     config.OUTPUT = str(folder)
-    model = OneLayer(size, size)
+    constants = {'MODEL_NAME': 'one_layer', 'MODEL_MEAN': [0, 0, 0], 'MODEL_STD': [1, 1, 1]}
+    model = CarvanaModel([0], [1], CROP_SIZE=size, **constants).eval()
     batches = predictor.ImageBatches(files, model)
-    predictor.write_submission(predictor.Predictor([model], [0.5]), batches, [], None)
+    predictor.write_submission(predictor.Predictor([model], [0.5]), batches, None)
 
 
 def decode(files: list[Path], *_) -> None:
@@ -79,19 +80,27 @@ def timed(function, *arguments) -> float:
 
 
 def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--images', type=int, default=200)
+    parser.add_argument('--size', type=demo.size, default=(1918, 1280))
+    parser.add_argument('--repeats', type=int, default=5)
+    options = parser.parse_args()
     runtime.hide_warnings()
+    model_dispatcher.MODELS['one_layer'] = OneLayer
     config.NUM_WORKERS = max(1, (os.cpu_count() or 1) - 1)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        demo.make_dataset(folder, cars=0, test_cars=1, size=(1918, 1280))
+        folder, count = Path(temporary), options.images
+        demo.make_dataset(folder, cars=0, test_cars=1, size=options.size)
         drawn = sorted((folder / 'test_hq').iterdir())
         files = [folder / f'{number:04d}.jpg' for number in range(count)]
         for number, file in enumerate(files):
             file.hardlink_to(drawn[number % len(drawn)])
         for size in (512, 1024):
-            pairs = [(timed(predict, files, folder, size), timed(decode, files)) for _ in range(5)]
+            pairs = [
+                (timed(predict, files, folder, size), timed(decode, files))
+                for _ in range(options.repeats)
+            ]
             ours, base = (statistics.median(times) for times in zip(*pairs))
             print(
                 f'CROP_SIZE {size}: predicted {count / ours:.1f} images/s, only decoded '

@@ -1,15 +1,17 @@
 """Training speed and start-up against the original's own way and against the imports; ratios.
 
-    python tests/bench_training.py [steps=6]
+    python tests/bench_training.py [--steps 6] [--crop 256] [--size 1918x1280] [--repeats 3]
 
 The baseline trains the same network as the original did: PIL and albumentations with Normalize in
 this process (NUM_WORKERS=0), float tensors, the default memory layout, plain Adam, in float32 and with
-16 handed to Lightning as it is (bfloat16 on a CPU). All train at 256 pixels on 1918x1280 images of
-demo.py, in turn, three times; medians. The last two rows are the real input (CACHE=True) and the same
-batches already on the device. Start-up is the time from `python Lightning_trainer.py` to the
-end of a first epoch of one step of 32 pixels, against the imports alone.
+16 handed to Lightning as it is (bfloat16 on a CPU). All train at 256 pixels (--crop) on 1918x1280
+images of demo.py, in turn, three times; medians. The last two rows are the real input (CACHE=True) and
+the same batches already on the device. Start-up is the time from `python Lightning_trainer.py` to the
+end of a first epoch of one step of 32 pixels, against the imports alone; the first such pair fills the
+disk cache and is not counted.
 """
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -34,15 +36,15 @@ import runtime
 from Lightning_module import CarvanaModel
 from test_precision import Clock
 
-SIZE, BATCH, WARM_UP = 256, 4, 3
+BATCH, WARM_UP = 4, 3
 
 
 class OriginalModel(pl.LightningModule):
     """The network, trained as the original did."""
 
-    def __init__(self, names: list[str]):
+    def __init__(self, names: list[str], size: int):
         super().__init__()
-        self.model, self.names = smp.Unet('resnet34', encoder_weights=None), names
+        self.model, self.items = smp.Unet('resnet34', encoder_weights=None), NamedItems(names, size)
 
     def training_step(self, batch: dict, batch_index: int) -> torch.Tensor:
         p = self.model(batch['image']).sigmoid().float()
@@ -53,7 +55,7 @@ class OriginalModel(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-3)
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(NamedItems(self.names, SIZE), BATCH, shuffle=True, drop_last=True)
+        return DataLoader(self.items, BATCH, shuffle=True, drop_last=True)
 
 
 class NamedItems(OriginalWay):
@@ -104,13 +106,22 @@ def startup(folder: str, words: list[str]) -> tuple[float, float]:
 
 
 def main() -> None:
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 6
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--steps', type=int, default=6)
+    parser.add_argument('--crop', type=int, default=256)
+    parser.add_argument('--size', type=demo.size, default=(1918, 1280))
+    parser.add_argument('--repeats', type=int, default=3)
+    options = parser.parse_args()
     os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'
     runtime.hide_warnings()
     with tempfile.TemporaryDirectory() as folder:
-        demo.make_dataset(folder, cars=4, test_cars=0, size=(1918, 1280))
+        demo.make_dataset(folder, cars=4, test_cars=0, size=options.size)
         words = [f'INPUT={folder}', f'OUTPUT={folder}/output', 'N_FOLDS=2', 'ENCODER_WEIGHTS=None']
-        words += [f'CROP_SIZE={SIZE}', f'TRAIN_BATCH_SIZE={BATCH}', 'ACCUMULATE_GRAD_BATCHES=1']
+        words += [
+            f'CROP_SIZE={options.crop}',
+            f'TRAIN_BATCH_SIZE={BATCH}',
+            'ACCUMULATE_GRAD_BATCHES=1',
+        ]
         command_line.override(words)
         folds.main()
         names = folds.read_folds().img.tolist()
@@ -122,19 +133,25 @@ def main() -> None:
         runs = {
             'PRECISION=16': (port, ours, False),
             "PRECISION='bf16'": (port, 'bf16-mixed', False),
-            'the original way at 32': (lambda: OriginalModel(names), '32-true', False),
-            'the original way at 16': (lambda: OriginalModel(names), 16, False),
+            'the original way at 32': (
+                lambda: OriginalModel(names, options.crop),
+                '32-true',
+                False,
+            ),
+            'the original way at 16': (lambda: OriginalModel(names, options.crop), 16, False),
             'PRECISION=16 CACHE=True': (port, ours, True),
             'PRECISION=16, batches on the device': (lambda: ResidentModel([0, 1], [0]), ours, True),
         }
         rates = {name: [] for name in runs}
-        for _ in range(3):
+        for _ in range(options.repeats):
             for name, (make, precision, config.CACHE) in runs.items():
-                rates[name].append(images_per_second(make(), steps, precision))
+                rates[name].append(images_per_second(make(), options.steps, precision))
         for name, values in rates.items():
             ran = f'  (runs in {ours})' if name == 'PRECISION=16' else ''
             print(f'{name:36s}{statistics.median(values):6.2f} images/s{ran}', flush=True)
-        times = [startup(folder, words) for _ in range(4)][1:]  # the first one fills the disk cache
+        if options.repeats > 1:
+            startup(folder, words)
+        times = [startup(folder, words) for _ in range(options.repeats)]
         first, imports = (statistics.median(seconds) for seconds in zip(*times))
         print(
             f'start to first epoch {first:.1f} s, imports {imports:.1f} s, ratio {first / imports:.2f}'

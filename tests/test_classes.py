@@ -12,7 +12,6 @@ from conftest import draw_ellipse, own_config, settings
 from PIL import Image
 
 import command_line
-import config
 import files
 import folds
 import images
@@ -64,8 +63,7 @@ def test_each_class_is_scored_at_the_images_own_size(trained, capsys):
     for column in ('val_iou_dataset', 'val_dice_class0', 'val_iou_class2'):
         assert history[column].notna().any()
     (checkpoint,) = (folder / 'logs').rglob('epoch*.ckpt')
-    config.PATH = str(checkpoint)
-    model = Lightning_tester.load_models()[0]
+    model = Lightning_tester.load_model(str(checkpoint))
     for row in table.itertuples():  # by other code: intersection over each class in turn
         image_file, mask_file = files.pairs_of([row.img])[0]
         truth = np.array(Image.open(mask_file))

@@ -1,5 +1,8 @@
 """config.py and its words: defaults, derived constants, checks, speed of a mistake."""
 
+import os
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -117,6 +120,9 @@ def test_constants_are_plain_types():
         ('SEED=-1', '0 to 2**32'),
         ('LOSS_ARGS=3', 'dictionary'),
         ('DEVICES=0', 'devices'),
+        ('STRATEGY=ddp_spawn', 'not fork, spawn or notebook'),
+        ('STRATEGY=ddp_fork_find_unused_parameters_true', 'not fork, spawn or notebook'),
+        ('STRATEGY=ddp_notebook', 'not fork, spawn or notebook'),
     ],
 )
 def test_a_wrong_word_names_the_constant_and_what_is_legal(word, message):
@@ -248,3 +254,56 @@ def test_ctrl_c_is_one_word(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['x.py'])
     with pytest.raises(SystemExit, match='^stopped$'):
         command_line.run(interrupted, '')
+
+
+def run_code(code: str, **keywords) -> subprocess.CompletedProcess:
+    """Run a script that has `code` as its main function, in a process."""
+    lines = [
+        'import os, signal, sys, time',
+        f'sys.path.insert(0, {str(SRC)!r})',
+        'import command_line',
+    ]
+    lines += ['def main():', *(f'    {line}' for line in code.splitlines())]
+    lines += ["command_line.run(main, '')"]
+    script = [sys.executable, '-c', '\n'.join(lines)]
+    return subprocess.run(script, capture_output=True, **keywords)
+
+
+# How a script may meet SIGTERM.
+TERM = {
+    'in python': 'os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)',
+    'with cleaning up': (
+        'try: os.kill(os.getpid(), signal.SIGTERM)\nfinally: print("tidy")\ntime.sleep(60)'
+    ),
+    # As the destructor of a DataLoader, which waits for its workers: Python drops what it raises.
+    'in a destructor': (
+        'class Loader:\n    def __del__(self): os.kill(os.getpid(), signal.SIGTERM); time.sleep(1)\n'
+        'Loader()\ntime.sleep(60)'
+    ),
+    # A worker that got the signal too makes torch raise an error after ours.
+    'with a worker': (
+        'try: os.kill(os.getpid(), signal.SIGTERM)\n'
+        'finally: raise RuntimeError("DataLoader worker is killed by signal: Terminated.")'
+    ),
+}
+
+
+@pytest.mark.parametrize('case', TERM)
+def test_sigterm_ends_a_script_with_143(case):
+    result = run_code(f'print("begun")\n{TERM[case]}', timeout=50)
+    assert (result.returncode, result.stderr) == (143, b'')
+    assert result.stdout.split() == [b'begun'] + [b'tidy'] * (case == 'with cleaning up')
+
+
+def test_after_a_script_sigterm_means_what_it_did_before(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    monkeypatch.setattr(sys, 'argv', ['x.py'])
+    command_line.run(lambda: None, '')
+    assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before
+
+
+def test_what_the_terminal_cannot_print_is_replaced():
+    environment = {**os.environ, 'PYTHONIOENCODING': 'cp1252'}
+    result = run_code("print('\u65e5\u672c.png \u00fc')", env=environment)
+    assert (result.returncode, result.stderr) == (0, b'')
+    assert result.stdout.split() == [rb'\u65e5\u672c.png', '\u00fc'.encode('cp1252')]

@@ -674,9 +674,9 @@ def test_a_training_image_that_is_gone_is_told_in_one_line(own):
         own(f'{number}')
     decide()
     (own.folder / 'img/2.png').unlink()
-    assert Lightning_tester.why_not_scored({0: ModelStub(), 1: ModelStub()}).startswith(
-        '1 images have no image file in TRAIN_PATH: 2: put them back'
-    )
+    told = '^1 images have no image file in TRAIN_PATH: 2: put them back'
+    with pytest.raises(config.UserMistake, match=told):
+        Lightning_tester.score_out_of_fold({0: ModelStub(), 1: ModelStub()})
 
 
 class ModelStub:

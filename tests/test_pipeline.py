@@ -129,7 +129,7 @@ def test_a_checkpoint_and_a_folder_are_enough_to_predict(trained, tmp_path, monk
     given += [f'INPUT={tmp_path}/nothing', 'NUM_WORKERS=0', 'ACCELERATOR=cpu']
     given += ['SAVE_MASKS=True', 'TTA=True', 'THRESHOLD=0.4']
     run_here(monkeypatch, 'Lightning_tester.py', *given)
-    assert 'no out-of-fold scores' in capsys.readouterr().out
+    assert 'no scores, no export; the threshold is 0.4' in capsys.readouterr().out
     table = pd.read_csv(tmp_path / 'out/submission.csv')
     for row in table.itertuples():
         png = np.array(Image.open(tmp_path / 'out/test_masks' / row.img.replace('.jpg', '.png')))
