@@ -54,6 +54,7 @@ FROM_CHECKPOINT = [
 
 
 def main() -> None:
+    runtime.set_rank()
     runtime.hide_warnings()
     if config.PATH is None:
         fold_models = load_models()

@@ -224,15 +224,16 @@ def check_resumable(folder: Path, fold: int, checkpoint: dict) -> None:
     """Raise config.UserMistake if a run was started with other constants or images."""
     saved = checkpoint['hyper_parameters']
     differ = config.differing_constants(saved, config.constants())
+    if 'PRECISION' in differ:  # a remedy for NaN
+        differ.remove('PRECISION')
+        runtime.print_once(
+            f'resuming {folder.name} with PRECISION={config.PRECISION}, was {saved["PRECISION"]}'
+        )
     if differ:
         was = ', '.join(f'{name}={saved[name]}' for name in differ)
         raise config.UserMistake(
             f'RESUME=True: {folder.name} was started with {was}: set the same, or set RESUME=False '
             'to start a new run (START_FROM can take its weights)'
-        )
-    if saved['PRECISION'] != config.PRECISION:
-        runtime.print_once(
-            f'resuming {folder.name} with PRECISION={config.PRECISION}, was {saved["PRECISION"]}'
         )
     if checkpoint['image_digests'] != folds.digests(fold):
         raise config.UserMistake(

@@ -138,7 +138,7 @@ def differing_constants(saved: dict, other: dict) -> list[str]:
     """Names of differing constants that affect a training: not paths, hardware or the tester's."""
     neutral = (
         'INPUT OUTPUT LOGS_PATH TRAIN_PATH MASK_PATH TEST_PATH TRAIN_CSV TEST_CSV TRAIN_FOLDS '
-        'TEST_SUFFIX ENCODER_WEIGHTS START_FROM PRECISION FOLDS NUM_WORKERS CACHE RESUME '
+        'TEST_SUFFIX ENCODER_WEIGHTS START_FROM FOLDS NUM_WORKERS CACHE RESUME '
         'ACCELERATOR DEVICES NUM_NODES STRATEGY COMPILE VAL_BATCH_SIZE PATH TTA THRESHOLD SAVE_MASKS'
     )
     names = (set(constants()) & set(saved) & set(other)) - set(neutral.split())

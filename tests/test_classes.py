@@ -62,7 +62,7 @@ def test_each_class_is_scored_at_the_images_own_size(trained, capsys):
     history = pd.read_csv(folder / 'logs/version_0/metrics.csv')
     for column in ('val_iou_dataset', 'val_dice_class0', 'val_iou_class2'):
         assert history[column].notna().any()
-    (checkpoint,) = (folder / 'logs').rglob('epoch*.ckpt')
+    (checkpoint,) = (folder / 'logs').rglob('best.ckpt')
     model = Lightning_tester.load_model(str(checkpoint))
     for row in table.itertuples():  # by other code: intersection over each class in turn
         image_file, mask_file = files.pairs_of([row.img])[0]

@@ -151,7 +151,7 @@ def test_a_training_on_crops_and_its_scores_at_the_images_own_size(discs, capsys
     config.TEST_PATH, config.TTA = str(discs / 'test/img'), True
     config.SCALE = None  # the tester goes by what the model was trained with
     Lightning_tester.main()
-    assert 'four times as wide' not in capsys.readouterr().out
+    assert 'four times as high' not in capsys.readouterr().out
     assert pd.read_csv(discs / 'output/oof.csv').dice.mean() > 0.9
     submission = pd.read_csv(discs / 'output/submission.csv')
     for row in submission.itertuples():
@@ -160,7 +160,10 @@ def test_a_training_on_crops_and_its_scores_at_the_images_own_size(discs, capsys
         assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.9
 
 
-def test_images_much_wider_than_the_model_is_fed_are_told(discs, capsys):
-    config.SCALE, config.CROP_SIZE = None, (32, 32)
+@pytest.mark.parametrize('size', [(32, 32), (20, 300), (300, 32)])
+def test_images_much_larger_than_the_model_is_fed_are_told(discs, capsys, size):
+    """Much wider, or much higher."""
+    config.SCALE, config.CROP_SIZE = None, size
     folds.main()
-    assert '6 images are more than four times as wide as the 32 pixels' in capsys.readouterr().out
+    told = f'6 images are more than four times as high or wide as CROP_SIZE={size}'
+    assert told in capsys.readouterr().out
