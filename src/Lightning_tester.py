@@ -54,7 +54,7 @@ FROM_CHECKPOINT = [
 
 
 def main() -> None:
-    runtime.set_rank()
+    runtime.cluster_plugins()  # sets the rank
     runtime.hide_warnings()
     if config.PATH is None:
         fold_models = load_models()

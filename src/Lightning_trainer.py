@@ -51,14 +51,14 @@ from Lightning_module import CarvanaModel
 
 
 def main() -> None:
-    runtime.set_rank()
+    runtime.cluster_plugins()  # sets the rank
     folds.check_up_to_date()
     for folder in (config.OUTPUT, config.LOGS_PATH):
         files.check_writable(config.path(folder))
     if len(config.FOLDS) == 1:
         train_fold(config.FOLDS[0])
         return
-    if runtime.launched_processes() > 1:
+    if runtime.launched_by_srun() or int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise config.UserMistake(
             f'FOLDS={config.FOLDS}: torchrun and srun can train only one fold: start one per fold'
         )
@@ -231,32 +231,30 @@ def make_trainer(folder: Path, log: callbacks.EpochLog) -> pl.Trainer:
 
 def print_start(fold: int, table: pd.DataFrame, model: CarvanaModel, trainer: pl.Trainer) -> None:
     """Print a summary before the training."""
-    train, val = table[table.kfold != fold], table[table.kfold == fold]
+    groups = table.groupby(table.kfold == fold).group.nunique()
+    validated = (table.kfold == fold).sum()
     batches = math.ceil(len(model.train_data) / (config.TRAIN_BATCH_SIZE * trainer.world_size))
     used = min(batches, config.LIMIT_BATCHES or batches)
     parameters = sum(p.numel() for p in model.model.parameters()) / 1e6
-    weights = f'encoder weights {config.ENCODER_WEIGHTS}'
-    if config.START_FROM is not None:
-        weights = f'START_FROM={config.START_FROM}'
-    print(
-        f'fold      {fold}: trains on {len(train)} images of {train.group.nunique()} groups, '
-        f'validates on {len(val)} images of {val.group.nunique()} groups\n'
+    weights = config.START_FROM or f'encoder weights {config.ENCODER_WEIGHTS}'
+    lines = [
+        f'fold      {fold}: trains on {len(table) - validated} images of {groups[False]} groups, '
+        f'validates on {validated} images of {groups[True]} groups',
         f'model     {config.MODEL_NAME}, {parameters:.1f} M parameters, {weights}, '
-        f'input {tuple(config.INPUT_SHAPE)}\n'
+        f'input {tuple(config.INPUT_SHAPE)}',
         f'training  {config.LOSS}, {config.EPOCHS} epochs of {used} batches of '
-        f'{config.TRAIN_BATCH_SIZE}, {config.OPTIMIZER} at {config.LR}, SCHEDULE={config.SCHEDULE}\n'
-        f'device    {runtime.device_name(trainer)}, {config.NUM_WORKERS} workers\n'
-        f'precision {": ".join(runtime.precision())}\n'
+        f'{config.TRAIN_BATCH_SIZE}, {config.OPTIMIZER} at {config.LR}, SCHEDULE={config.SCHEDULE}',
+        f'device    {runtime.device_name(trainer)}, {config.NUM_WORKERS} workers',
+        f'precision {": ".join(runtime.precision())}',
         f'logs      {files.relative(Path(trainer.logger.log_dir))}',
-        flush=True,
-    )
+    ]
     steps = math.ceil(batches / config.ACCUMULATE_GRAD_BATCHES)
     if steps < 10 and config.ACCUMULATE_GRAD_BATCHES > 1:
-        plural = 's' if steps > 1 else ''
-        print(
-            f'warning   only {steps} optimizer step{plural} per epoch: set a smaller '
+        lines.append(
+            f'warning   only {steps} optimizer step(s) per epoch: set a smaller '
             f'ACCUMULATE_GRAD_BATCHES: {max(1, batches // 10)} gives {min(batches, 10)} or more'
         )
+    print('\n'.join(lines), flush=True)
 
 
 def record(fold: int, folder: Path, history: list[dict]) -> dict:

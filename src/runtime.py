@@ -49,34 +49,24 @@ def precision() -> tuple[str, str]:
     )
 
 
-def launched_processes() -> int:
-    """Number of processes that torchrun or srun started for one training.
+def launched_by_srun() -> bool:
+    """Whether srun has started the processes of one training.
 
-    srun also starts independent trainings, one for each task: then DEVICES and NUM_NODES are 1. A
-    shell of salloc has SLURM's variables too, but no SLURM_STEP_ID.
+    It also starts independent trainings, one for each task: then DEVICES and NUM_NODES are 1. A shell
+    of salloc has SLURM's variables too, but no SLURM_STEP_ID.
     """
-    if TorchElasticEnvironment.detect():
-        return int(os.environ['WORLD_SIZE'])
-    one_process = config.DEVICES == 1 and config.NUM_NODES == 1
-    if 'SLURM_STEP_ID' in os.environ and not one_process:
-        return int(os.environ.get('SLURM_NTASKS', 1))
-    return 1
+    return 'SLURM_STEP_ID' in os.environ and (config.DEVICES, config.NUM_NODES) != (1, 1)
 
 
 def cluster_plugins() -> list:
-    """What Lightning must be told where SLURM's variables are set."""
+    """What Lightning must be told where SLURM's variables are set, also to set the rank."""
     if TorchElasticEnvironment.detect() or 'SLURM_NTASKS' not in os.environ:
         return []
-    if launched_processes() > 1:
+    if launched_by_srun():
         # Lightning's requeue would resume from a checkpoint that we have not checked.
         return [SLURMEnvironment(auto_requeue=False)]
+    rank_zero_only.rank = 0  # Lightning took SLURM_PROCID for it
     return [LightningEnvironment()]
-
-
-def set_rank() -> None:
-    """Lightning takes SLURM_PROCID for a rank, also of independent trainings: they have rank 0."""
-    if 'SLURM_NTASKS' in os.environ and launched_processes() == 1:
-        rank_zero_only.rank = 0
 
 
 def make_trainer(**arguments) -> pl.Trainer:
@@ -154,16 +144,16 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def out_of_memory_advice(training: bool) -> str:
     name = 'TRAIN_BATCH_SIZE' if training else 'VAL_BATCH_SIZE'
-    size, advice = getattr(config, name), []
-    if size > 1:
-        advice.append(f'{name}={size // 2}')
-    if size > 1 and training:
-        advice[0] += ' and double ACCUMULATE_GRAD_BATCHES'
+    size, advice = getattr(config, name), 'fewer FOLDS at once'
     if training:
-        advice.append(f'CROP_SIZE={tuple(side * 3 // 4 // 32 * 32 for side in config.crop_size())}')
+        advice = f'CROP_SIZE={tuple(side * 3 // 4 // 32 * 32 for side in config.crop_size())}'
+        if size > 1:
+            advice = f'{name}={size // 2} and double ACCUMULATE_GRAD_BATCHES or {advice}'
+    elif size > 1:
+        advice = f'{name}={size // 2}'
     return (
         f'out of GPU memory with {name}={size}, CROP_SIZE={config.CROP_SIZE}, '
-        f'PRECISION={config.PRECISION}: try {" or ".join(advice) or "fewer FOLDS at once"}'
+        f'PRECISION={config.PRECISION}: try {advice}'
     )
 
 
@@ -173,24 +163,20 @@ def explain_errors(training: bool = True):
     try:
         yield
     except RuntimeError as error:
-        text, message = str(error).lower(), ''
+        text = str(error).lower()
         if is_out_of_memory(error):
             message = out_of_memory_advice(training)
         elif 'shared memory' in text or 'bus error' in text:
             message = (
-                '/dev/shm is too small for the batches of the workers: set fewer NUM_WORKERS (0 does '
-                'not use it), or give the container more (docker run --shm-size=8g)'
+                '/dev/shm is too small for the workers: set fewer NUM_WORKERS, or docker --shm-size'
             )
         elif re.search(LOST_PEER, text):
-            message = (
-                'another process of this run has ended, see its message: run again with RESUME=True'
-            )
+            message = 'another process has ended, see its message: run again with RESUME=True'
         elif type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
             message = (
-                f'COMPILE=True fails on this machine ({config.shorten(error)}): set COMPILE=False, or '
-                'install a C++ compiler'
+                f'COMPILE=True fails on this machine ({config.shorten(error)}): set COMPILE=False'
             )
-        if not message:
+        else:
             raise
         raise config.UserMistake(message) from None
 

@@ -222,7 +222,7 @@ def test_a_wild_rate_ends_with_status_1_and_a_low_one_goes_on(ready, capsys):
     wild = run_script('Lightning_trainer.py', *words, 'LR=1e30')
     assert wild.returncode == 1 and wild.stderr.count('\n') == 1
     assert 'the loss is nan in epoch' in wild.stderr
-    assert 'only 2 optimizer steps per epoch' in wild.stdout
+    assert 'only 2 optimizer step(s) per epoch' in wild.stdout
     assert 'a smaller ACCUMULATE_GRAD_BATCHES: 1 gives 4' in wild.stdout
     assert not files.models_file().exists()
     train(*words, 'LR=0.001')
@@ -280,4 +280,4 @@ def test_a_trial_shows_its_own_batches_and_warns_by_those_of_the_whole_training(
         Lightning_trainer.print_start(0, table, model, trainer)
         told = capsys.readouterr().out
         assert 'epochs of 2 batches of 4,' in told
-        assert ('only 3 optimizer steps per epoch' in told) == warns == ('warning' in told)
+        assert ('only 3 optimizer step(s) per epoch' in told) == warns == ('warning' in told)
