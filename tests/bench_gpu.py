@@ -10,6 +10,7 @@ MODEL=smp_unet_resnet34 SIZE=1024 BATCH=8     pixels and images of a step
 STEPS=60                  timed steps of a row
 CARS=12 COPIES=4          drawn cars, and files of each of their images
 DRAW=1918x1280 N_FOLDS=8
+PARTS=                    names of parts to run, such as '16,host waits'; all by default
 ANY_DEVICE=1              run the first parts on a CPU, to test this script
 """
 
@@ -48,6 +49,7 @@ LIMIT, SIZE, BATCH = setting('LIMIT', 420), setting('SIZE', 1024), setting('BATC
 STEPS, CARS, COPIES = setting('STEPS', 60), setting('CARS', 12), setting('COPIES', 4)
 DRAW, N_FOLDS = setting('DRAW', '1918x1280'), setting('N_FOLDS', 8)
 MODEL = setting('MODEL', 'smp_unet_resnet34')
+PARTS = [part for part in setting('PARTS', '').split(',') if part]
 ANY_DEVICE = 'ANY_DEVICE' in os.environ
 WARM_UP = 20  # steps before the input is timed: the workers fill their queues
 
@@ -153,6 +155,8 @@ class Log:
 
 def run_part(log: Log, label: str, seconds: int, *commands: list) -> None:
     """Run commands side by side, if so many seconds are left, and stop them at the limit."""
+    if PARTS and label not in (*PARTS, 'draw', 'folds'):
+        return
     left = LIMIT - (time.monotonic() - START)
     if left < seconds:
         log.print(f'--- {label}: left out, {left:.0f} s are left')
