@@ -99,35 +99,31 @@ def load_checkpoints(names: list[str]) -> list[CarvanaModel]:
         config.UserMistake: if their masks mean different things.
     """
     models = [load_model(name) for name in names]
-    first, first_meaning = models[0].hparams, mask_meaning(models[0].hparams)
+    first, differing = with_size_as_pair(models[0].hparams), {}
     for name, model in zip(names, models):
-        meaning = mask_meaning(model.hparams)
-        for constant in MASK_MEANING:
-            if meaning[constant] != first_meaning[constant]:
+        other = with_size_as_pair(model.hparams)
+        for constant in config.differing_constants(first, other):
+            values = f'{first[constant]!r}, {other[constant]!r}'
+            differing[constant] = f'{constant} ({values})'
+            if constant in MASK_MEANING:
                 raise config.UserMistake(
-                    f'{names[0]} has {constant}={first_meaning[constant]!r}, {name} has {constant}='
-                    f'{meaning[constant]!r}: their masks cannot be averaged: set FOLDS or PATH to '
-                    'models that agree in it, or train again'
+                    f'{names[0]} and {name} differ in {constant} ({values}): their masks cannot be '
+                    'averaged: set FOLDS or PATH to models that agree in it, or train again'
                 )
-    differing = {c for model in models for c in config.differing_constants(first, model.hparams)}
-    shown = []
-    for constant in sorted(differing - set(MASK_MEANING)):
-        values = dict.fromkeys(repr(model.hparams.get(constant)) for model in models)
-        shown.append(f'{constant} ({", ".join(values)})')
-    if shown:
-        runtime.print_once(f'the models differ in {", ".join(shown)}: averaged all the same')
-    saved, ours = dict(first) | first_meaning, config.constants()
-    ours |= mask_meaning(ours)
-    shown = [f'{c}={saved[c]!r}, not {ours[c]!r}' for c in FROM_CHECKPOINT if saved[c] != ours[c]]
-    if shown:
-        runtime.print_once(f"the checkpoint's values count, not config.py's: {'; '.join(shown)}")
+    if differing:
+        shown = ', '.join(differing.values())
+        runtime.print_once(f'the models differ in {shown}: averaged all the same')
+    ours = with_size_as_pair(config.constants())
+    wanted = [name for name in FROM_CHECKPOINT if first.get(name) != ours[name]]
+    if wanted:
+        shown = '; '.join(f'{name}={first.get(name)!r}, not {ours[name]!r}' for name in wanted)
+        runtime.print_once(f"the checkpoint's values count, not config.py's: {shown}")
     return models
 
 
-def mask_meaning(constants: dict) -> dict:
-    """The values of MASK_MEANING, CROP_SIZE always as a pair."""
-    meaning = {name: constants.get(name) for name in MASK_MEANING}
-    return meaning | {'CROP_SIZE': config.pair(meaning['CROP_SIZE'])}
+def with_size_as_pair(constants: dict) -> dict:
+    """Constants whose CROP_SIZE can be compared: 96 and (96, 96) are the same."""
+    return {**constants, 'CROP_SIZE': config.pair(constants['CROP_SIZE'])}
 
 
 def load_model(file: str) -> CarvanaModel:

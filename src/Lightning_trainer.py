@@ -37,7 +37,6 @@ from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.profilers import SimpleProfiler
 from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import callbacks
 import command_line
@@ -78,12 +77,14 @@ def main() -> None:
 def train_in_new_process(fold: int) -> None:
     """Train a fold with this script in a new process, with all constants as they are now."""
     process = subprocess.Popen([sys.executable, __file__, *command_line.as_arguments(FOLDS=[fold])])
-    # Ctrl-C also reaches the child. SIGTERM reaches only this process, so pass it on.
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         status = process.wait()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # it reaches the child, too
         status = process.wait()
+    except SystemExit:  # SIGTERM reaches only this process
+        process.terminate()
+        process.wait()
+        raise
     if status < 0 and status != -signal.SIGINT:
         hint = ''
         if status == -signal.SIGKILL:
@@ -159,7 +160,7 @@ def fit(fold: int, run: Path | None = None, resumed: dict | None = None) -> None
         with runtime.explain_errors():
             last = folder / 'checkpoints/last.ckpt' if resumed else None
             trainer.fit(model, ckpt_path=last, weights_only=True)
-    except (KeyboardInterrupt, SIGTERMException, SystemExit):
+    except (KeyboardInterrupt, SystemExit):
         if trainer.is_global_zero:
             print(f'fold {fold} was stopped: run again with RESUME=True', flush=True)
         raise

@@ -23,7 +23,6 @@ KINDS = {
     str: 'text',
     dict: """a dictionary, such as "{'smooth': 1.0}" (in a shell, with all quotes)""",
     list: 'a list',
-    tuple: 'a list',
     type(None): 'None',
 }
 NUMBERS = (int, float)
@@ -45,18 +44,10 @@ def are_colours(values) -> bool:
     return len(values) == len(set(map(tuple, values))) == max(2, config.CLASSES)
 
 
-def is_suffix(value) -> bool:
-    suffixes = config.endings(value)
-    return len(suffixes) > 0 and all(type(suffix) is str and '.' in suffix for suffix in suffixes)
-
-
-def are_folds(values) -> bool:
-    return 0 < len(values) == len(set(values)) and set(values) <= set(range(config.N_FOLDS))
-
-
-def are_files(value) -> bool:
-    files = [value] if type(value) is str else value
-    return len(files) > 0 and all(type(file) is str and file != '' for file in files)
+def are_texts(value, part: str = '') -> bool:
+    """Whether a value is a text, or a list of texts, that are not empty and contain a part."""
+    texts = [value] if type(value) is str else value
+    return len(texts) > 0 and all(type(text) is str and text and part in text for text in texts)
 
 
 def is_positive(value) -> bool:
@@ -64,7 +55,10 @@ def is_positive(value) -> bool:
     return value > 0 if type(value) in NUMBERS else value != ''
 
 
-SUFFIX = "a suffix such as '.png' or '_mask.png', or a list of suffixes", is_suffix
+SUFFIX = (
+    "a suffix such as '.png' or '_mask.png', or a list of suffixes",
+    lambda v: are_texts(v, '.'),
+)
 # Name -> legal values and a test, where a constant's annotation does not say enough.
 # None is legal if the annotation allows it. The test does not see it.
 RULES = {
@@ -96,7 +90,10 @@ RULES = {
         'None or a regular expression with one (group)',
         lambda v: re.compile(v).groups >= 1,
     ),
-    'FOLDS': ('a list of different folds from 0 to N_FOLDS - 1, such as [0]', are_folds),
+    'FOLDS': (
+        'a list of different folds from 0 to N_FOLDS - 1, such as [0]',
+        lambda v: 0 < len(v) == len(set(v)) and set(v) <= set(range(config.N_FOLDS)),
+    ),
     'PRECISION': ("16, 'bf16' or 32", lambda v: v in (16, 'bf16', 32)),
     'SCHEDULE': ("None, 'cosine' or 'poly'", lambda v: v in ('cosine', 'poly')),
     'SEED': ('a whole number from 0 to 2**32 - 1', lambda v: 0 <= v < 2**32),
@@ -110,7 +107,7 @@ RULES = {
         "'auto', 'ddp' or another one that starts the script again, not fork, spawn or notebook",
         lambda v: not re.search('fork|spawn|notebook', v),
     ),
-    'PATH': ('None, a checkpoint or a list of checkpoints', are_files),
+    'PATH': ('None, a checkpoint or a list of checkpoints', are_texts),
     'THRESHOLD': ('None or a probability between 0 and 1', lambda v: 0 < v < 1),
 }
 NAMES = list(config.constants())
@@ -120,20 +117,17 @@ DISK |= {errno.ENOTDIR, errno.EEXIST}
 
 
 def kinds(name: str) -> list[type]:
-    """The types in a constant's annotation; without one, all of KINDS."""
+    """The types that a constant's annotation allows; without one, all of KINDS."""
     if name not in ANNOTATIONS:
         return list(KINDS)
-    return list(typing.get_args(ANNOTATIONS[name])) or [ANNOTATIONS[name]]
+    allowed = list(typing.get_args(ANNOTATIONS[name])) or [ANNOTATIONS[name]]
+    return [list if kind is tuple else kind for kind in allowed]
 
 
 def has_kind(name: str, value) -> bool:
-    """Whether a constant's annotation allows the type of a value."""
-    allowed = set(kinds(name))
-    if float in allowed:
-        allowed.add(int)
-    if list in allowed or tuple in allowed:
-        allowed |= {list, tuple}
-    return type(value) in allowed
+    """Whether a constant's annotation allows the type of a value. Tuples count as lists."""
+    kind = list if type(value) is tuple else type(value)
+    return kind in kinds(name) or (kind is int and float in kinds(name))
 
 
 def override(arguments: list[str]) -> None:
@@ -150,7 +144,7 @@ def override(arguments: list[str]) -> None:
             value = ast.literal_eval(text)
         except (ValueError, TypeError, SyntaxError):
             value = text
-        if value == text and text.startswith(('[', '{')) and {list, tuple, dict} & set(kinds(name)):
+        if value == text and text.startswith(('[', '{')) and {list, dict} & set(kinds(name)):
             raise config.UserMistake(
                 f'{argument}: not a Python literal. The shell may have removed its quotes: put the '
                 f"""argument in double quotes, such as "IMAGE_SUFFIX=['.jpg', '.png']" """

@@ -36,9 +36,8 @@ MODEL_COLUMNS = ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']  # of m
 def atomic_write(file: Path, ending: str = '.tmp'):
     """Yield a path beside `file` to write to. It is renamed to `file` if the block succeeds."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Fixed, so the next run overwrites it, and short, because a name may be 255 bytes long.
-    digest = hashlib.sha256(os.fsencode(file.name)).hexdigest()[:16]
-    temporary = file.with_name(f'.{digest}{ending}')
+    # Fixed, so the next run overwrites it; and short, as file.name may be as long as a name can be.
+    temporary = file.with_name(hashlib.sha256(file.name.encode()).hexdigest()[:16] + ending)
     try:
         yield temporary
         temporary.replace(file)

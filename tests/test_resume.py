@@ -273,7 +273,8 @@ def test_sigterm_ends_tidily(undisturbed, tmp_path):
     command_line.override(words)
     folds.main()
     process = start('Lightning_trainer.py', *words, stderr=subprocess.STDOUT)
-    while 'epoch   1/500' not in process.stdout.readline() and process.poll() is None:
+    # The line of an epoch is printed before its checkpoint is saved, so wait for the second one.
+    while 'epoch   2/500' not in process.stdout.readline() and process.poll() is None:
         pass
     process.send_signal(signal.SIGTERM)
     log = finish(process).stdout
