@@ -199,6 +199,9 @@ def precision_ranges(parts: dict, scale: float, title: str) -> Figure:
         axis.axvline(limit, color=RED, lw=1, ls=style)
 
     lost = (edges[:-1] < zero) | (edges[:-1] >= infinite)
+    # Three columns of numbers to the right of the axis, at 55, 105 and 155 points.
+    beside = {'xycoords': axis.get_yaxis_transform(), 'textcoords': 'offset points'}
+    beside |= {'ha': 'right', 'fontsize': 8}
     for row, part in enumerate(parts.values()):
         for values, colour in ((part.activations, BLUE), (part.activation_grad, ORANGE)):
             heights = bar_heights(values, edges)
@@ -207,13 +210,13 @@ def precision_ranges(parts: dict, scale: float, title: str) -> Figure:
             axis.stairs(row - heights * lost, color=RED, **style)
         outline = row - bar_heights(part.weight_grad, edges)
         axis.stairs(outline, edges, baseline=None, color='black', lw=0.9)
-        beside = {'fontsize': 8, 'ha': 'right', 'transform': axis.get_yaxis_transform()}
-        axis.text(1.09, row, f'{max(part.largest.values()):.3g}', **beside)
-        axis.text(1.18, row, f'{part.activation_grad.share("lost"):.1%}', **beside)
-        axis.text(1.27, row, f'{part.activation_grad.share("lost_scaled"):.1%}', **beside)
-    axis.text(1.09, -1.2, 'largest\nactivation', **beside)
-    axis.text(1.18, -1.2, 'gradients\nlost', **beside)
-    axis.text(1.27, -1.2, 'lost with\nthe scale', **beside)
+        axis.annotate(f'{max(part.largest.values()):.3g}', (1, row), (55, 0), **beside)
+        gradients = part.activation_grad
+        axis.annotate(f'{gradients.share("lost"):.1%}', (1, row), (105, 0), **beside)
+        axis.annotate(f'{gradients.share("lost_scaled"):.1%}', (1, row), (155, 0), **beside)
+    axis.annotate('largest\nactivation', (1, -1.2), (55, 0), **beside)
+    axis.annotate('gradients\nlost', (1, -1.2), (105, 0), **beside)
+    axis.annotate('lost with\nthe scale', (1, -1.2), (155, 0), **beside)
     axis.set(xlim=edges[[0, -1]], ylim=(len(parts) - 0.6, -4.2), xlabel='magnitude in float32')
     axis.set_yticks(range(len(parts)), parts, fontsize=8)
     axis.xaxis.set_major_formatter(lambda x, _: f'$2^{{{x:.0f}}}$')

@@ -34,10 +34,10 @@ def write(model, scale: float) -> None:
     print(verdict(parts, scale))
 
 
-def is_lost(values: torch.Tensor) -> torch.Tensor:
-    """Whether nonzero values become 0 or infinite in float16."""
+def count_lost(values: torch.Tensor) -> int:
+    """How many values are 0 or infinite in float16."""
     half = values.half()
-    return (half == 0) | ~half.isfinite()
+    return torch.count_nonzero((half == 0) | ~half.isfinite()).item()
 
 
 class Magnitudes:
@@ -56,15 +56,17 @@ class Magnitudes:
         self.zero = self.nonzero = self.lost = self.subnormal = self.lost_scaled = 0
 
     def add(self, values: torch.Tensor) -> None:
-        nonzero = values[values != 0].float()
-        half = nonzero.half()
-        self.zero += values.numel() - nonzero.numel()
-        self.nonzero += nonzero.numel()
-        self.lost += is_lost(nonzero).sum().item()
-        self.subnormal += ((half != 0) & (half.abs() < SMALLEST_NORMAL)).sum().item()
-        self.lost_scaled += is_lost(nonzero * self.scale).sum().item()
-        exponents = nonzero.abs().view(torch.int32) >> 23  # without the 23 bits of the mantissa
+        values = values.float().abs().flatten()
+        half = values.half()
+        zero = torch.count_nonzero(values == 0).item()
+        self.zero += zero
+        self.nonzero += len(values) - zero
+        self.lost += count_lost(values) - zero
+        self.subnormal += torch.count_nonzero((half > 0) & (half < SMALLEST_NORMAL)).item()
+        self.lost_scaled += count_lost(values * self.scale) - zero
+        exponents = values.view(torch.int32) >> 23  # without the 23 bits of the mantissa
         self.histogram += torch.bincount(exponents, minlength=256).cpu()
+        self.histogram[0] -= zero
 
     def share(self, name: str) -> float:
         """`zero` as a share of all values, another count as one of the nonzero ones; NaN if none."""
