@@ -26,6 +26,10 @@ SCHEDULES = {
 }
 
 
+class NotFinite(config.UserMistake):
+    """A loss is NaN or infinite."""
+
+
 def build_optimizer(name: str, parameters, lr: float, arguments: dict, clipped: bool):
     """An optimizer of torch.optim.
 
@@ -194,13 +198,13 @@ class CarvanaModel(pl.LightningModule):
         self.loss_sum = 0.0
 
     def check_finite(self, loss: float, name: str) -> None:
-        """Raise config.UserMistake for a loss that is NaN or infinite."""
+        """Raise NotFinite for a loss that is NaN or infinite."""
         if math.isfinite(loss):
             return
         advice = f'start again with a lower LR than {self.hparams.LR}'
         if self.trainer.precision == '16-mixed':
             advice = f"run again with RESUME=True PRECISION='bf16' (or 32), or {advice}"
-        raise config.UserMistake(f'{name} is {loss} in epoch {self.current_epoch + 1}: {advice}')
+        raise NotFinite(f'{name} is {loss} in epoch {self.current_epoch + 1}: {advice}')
 
     # ------------------------------------------------------------ validation
     def on_validation_start(self) -> None:

@@ -162,7 +162,7 @@ def precision(table, title: str) -> Figure:
         'val_dice': ('validation Dice', BLUE, '.4f'),
     }
     for axis, (column, (label, colour, digits)) in zip(axes[0], panels.items()):
-        texts = ['not run' if np.isnan(value) else f'{value:{digits}}' for value in table[column]]
+        texts = ['-' if np.isnan(value) else f'{value:{digits}}' for value in table[column]]
         bars = axis.barh(table.precision, table[column].fillna(0), color=colour, height=0.6)
         axis.bar_label(bars, texts, padding=3, fontsize=8)
         axis.set(xlabel=label, xmargin=0.25)
@@ -170,3 +170,75 @@ def precision(table, title: str) -> Figure:
         axis.label_outer()
         axis.spines[['top', 'right']].set_visible(False)
     return fig
+
+
+def precision_ranges(parts: dict, scale: float, title: str) -> Figure:
+    """Histograms of each part's activations and gradients over the range of float16.
+
+    Args:
+        parts: name -> Part of precision_ranges.measure, whose values were taken in float32.
+        scale: that of the gradient scaler.
+    """
+    # Powers of two: float16 rounds values below the first to 0, and those from the last to infinity.
+    zero, normal, infinite = -25, -14, 16
+    scaled_zero = zero - np.log2(scale)
+    edges = np.arange(min(-46, int(scaled_zero) - 5), 25)
+    fig, axes = figure(1, 1, 10.5, 2.3 + 0.4 * len(parts), title)
+    axis, small = axes[0, 0], {'fontsize': 8, 'ha': 'center'}
+    zones = [
+        ('becomes 0', edges[0], zero, 'white'),
+        ('subnormal', zero, normal, '0.93'),
+        ('float16, up to 65504', normal, infinite, '0.86'),
+        ('infinite', infinite, edges[-1], 'white'),
+    ]
+    for name, start, end, colour in zones:
+        axis.axvspan(start, end, color=colour, zorder=0)
+        axis.text((start + end) / 2, -2.3, name, **small)
+    axis.text(-11, -3.2, 'bfloat16 and float32: from $2^{-126}$ to $2^{128}$', **small)
+    axis.annotate('', (edges[0], -3), (edges[-1], -3), arrowprops={'arrowstyle': '<->'})
+    axis.text((scaled_zero + zero) / 2, -1.4, f'scale {scale:g}', color=RED, **small)
+    axis.annotate(
+        '', (zero, -1.2), (scaled_zero, -1.2), arrowprops={'arrowstyle': '->', 'color': RED}
+    )
+    for limit, style in ((zero, '-'), (infinite, '-'), (scaled_zero, '--')):
+        axis.axvline(limit, color=RED, lw=1, ls=style)
+
+    lost = (edges[:-1] < zero) | (edges[:-1] >= infinite)
+    # Three columns of numbers to the right of the axis, at 55, 105 and 155 points.
+    beside = {'xycoords': axis.get_yaxis_transform(), 'textcoords': 'offset points'}
+    beside |= {'ha': 'right', 'fontsize': 8}
+    for row, part in enumerate(parts.values()):
+        for values, colour in ((part.activations, BLUE), (part.activation_grad, ORANGE)):
+            heights = bar_heights(values, edges)
+            style = {'edges': edges, 'baseline': row, 'fill': True}
+            axis.stairs(row - heights, color=colour, alpha=0.6, **style)
+            axis.stairs(row - heights * lost, color=RED, **style)
+        outline = row - bar_heights(part.weight_grad, edges)
+        axis.stairs(outline, edges, baseline=None, color='black', lw=0.9)
+        axis.annotate(f'{max(part.largest.values()):.3g}', (1, row), (55, 0), **beside)
+        gradients = part.activation_grad
+        axis.annotate(f'{gradients.share("lost"):.1%}', (1, row), (105, 0), **beside)
+        axis.annotate(f'{gradients.share("lost_scaled"):.1%}', (1, row), (155, 0), **beside)
+    axis.annotate('largest\nactivation', (1, -1.2), (55, 0), **beside)
+    axis.annotate('gradients\nlost', (1, -1.2), (105, 0), **beside)
+    axis.annotate('lost with\nthe scale', (1, -1.2), (155, 0), **beside)
+    axis.set(xlim=edges[[0, -1]], ylim=(len(parts) - 0.6, -4.2), xlabel='magnitude in float32')
+    axis.set_yticks(range(len(parts)), parts, fontsize=8)
+    axis.xaxis.set_major_formatter(lambda x, _: f'$2^{{{x:.0f}}}$')
+    handles = [
+        Patch(color=BLUE, alpha=0.6, label='activations'),
+        Patch(color=ORANGE, alpha=0.6, label='gradients of activations'),
+        Patch(fill=False, label='gradients of weights'),
+        Patch(color=RED, label='lost without the scale'),
+    ]
+    fig.legend(handles=handles, loc='outside lower center', ncols=4, fontsize=8, frameon=False)
+    return fig
+
+
+def bar_heights(values, edges: np.ndarray) -> np.ndarray:
+    """Heights, up to 0.85, of Magnitudes between powers of two. The outer bars hold what is beyond."""
+    counts = values.histogram.double().numpy()  # entry n begins at 2^(n - 127)
+    inside = counts[127 + edges[0] : 127 + edges[-1]].copy()
+    inside[0] += counts[: 127 + edges[0]].sum()
+    inside[-1] += counts[127 + edges[-1] :].sum()
+    return 0.85 * inside / max(1, inside.max())

@@ -64,24 +64,12 @@ def draw(folder: str) -> None:
                 file.with_name(f'{copy:02x}{file.name[2:]}').hardlink_to(file)
 
 
-class Clock(test_precision.Clock):
-    """Also takes the peak memory of the warm-up, in which cuDNN tries its algorithms."""
-
-    def on_train_batch_end(self, trainer, *rest) -> None:
-        if trainer.global_step == self.warm_up and torch.cuda.is_available():
-            Clock.trials_mb = torch.cuda.max_memory_allocated() / 2**20
-            torch.cuda.reset_peak_memory_stats()
-        super().on_train_batch_end(trainer, *rest)
-
-
 def row(file: str, label: str, name: str, layout: str) -> None:
     """A row of test_precision.py."""
-    test_precision.Clock = Clock
     if layout == 'nchw':
         torch.channels_last = torch.contiguous_format
     result = test_precision.measure(name, STEPS)
-    if torch.cuda.is_available():
-        result['memory_with_cudnn_trials_mb'] = Clock.trials_mb
+    result.pop('model', None)
     write_row(file, {'label': label, **result})
 
 
