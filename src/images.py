@@ -36,7 +36,10 @@ class Header(NamedTuple):
 def unreadable(file, error) -> config.UserMistake:
     """The mistake to raise for a file that cannot be decoded."""
     if isinstance(error, FileNotFoundError):
-        what = f'a broken link to {os.readlink(file)}' if os.path.islink(file) else 'no such file'
+        if os.path.islink(file):
+            what = f'a broken link to {os.readlink(file)}: put that file back, or remove the link'
+        else:
+            what = 'no such file'
         return config.UserMistake(f'{file}: {what}')
     if isinstance(error, OSError) and error.errno is not None:
         return config.UserMistake(f'{file}: cannot be read: {error.strerror}')

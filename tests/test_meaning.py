@@ -732,6 +732,15 @@ def test_names_that_cannot_be_written_are_told_when_listed(own, name):
         files.list_files('TRAIN_PATH')
 
 
+def test_a_file_may_have_the_longest_name_that_a_disk_takes(tmp_path):
+    file = tmp_path / ('x' * 251 + '.png')
+    for text in ('first', 'second'):
+        with files.atomic_write(file) as temporary:
+            assert temporary.parent == tmp_path and not temporary.exists()
+            temporary.write_text(text)
+    assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [(file.name, 'second')]
+
+
 # ------------------------------------------------------------ H. large images
 @pytest.mark.filterwarnings('error')
 def test_a_large_scan_is_an_image(tmp_path):
