@@ -30,28 +30,6 @@ class NotFinite(config.UserMistake):
     """A loss is NaN or infinite."""
 
 
-def build_optimizer(name: str, parameters, lr: float, arguments: dict, clipped: bool):
-    """An optimizer of torch.optim.
-
-    Args:
-        arguments: further arguments, OPTIMIZER_ARGS.
-        clipped: whether gradients are clipped. A fused step unscales the gradients of AMP itself,
-            too late to clip them.
-
-    Raises config.UserMistake if torch.optim has no such class.
-    """
-    optimizers = {k: v for k, v in vars(torch.optim).items() if isinstance(v, type)}
-    del optimizers['Optimizer']  # the base class
-    if name not in optimizers:
-        meant = config.did_you_mean(name, optimizers)
-        raise config.UserMistake(
-            f"OPTIMIZER: torch.optim has no '{name}'; {meant}valid: {', '.join(optimizers)}"
-        )
-    if name in FUSED and not clipped:
-        arguments = {'fused': True} | arguments
-    return optimizers[name](parameters, lr=lr, **arguments)
-
-
 def learning_rate_factor(schedule: str, steps: int):
     """A function for LambdaLR: optimizer step, from 0 -> share of LR. It rises for WARM_UP of the
     steps, then falls."""
@@ -126,11 +104,21 @@ class CarvanaModel(pl.LightningModule):
 
     # ------------------------------------------------------------ training
     def build_optimizer(self, parameters) -> torch.optim.Optimizer:
-        hparams = self.hparams
-        clipped = hparams.GRADIENT_CLIP is not None
-        return build_optimizer(
-            hparams.OPTIMIZER, parameters, hparams.LR, hparams.OPTIMIZER_ARGS, clipped
-        )
+        """OPTIMIZER of torch.optim at LR with OPTIMIZER_ARGS."""
+        name, arguments = self.hparams.OPTIMIZER, self.hparams.OPTIMIZER_ARGS
+        optimizers = {
+            key: value for key, value in vars(torch.optim).items() if isinstance(value, type)
+        }
+        del optimizers['Optimizer']  # the base class
+        if name not in optimizers:
+            meant = config.did_you_mean(name, optimizers)
+            raise config.UserMistake(
+                f"OPTIMIZER: torch.optim has no '{name}'; {meant}valid: {', '.join(optimizers)}"
+            )
+        # A fused step unscales the gradients of AMP itself, too late to clip them.
+        if name in FUSED and self.hparams.GRADIENT_CLIP is None:
+            arguments = {'fused': True} | arguments
+        return optimizers[name](parameters, lr=self.hparams.LR, **arguments)
 
     def configure_optimizers(self):
         optimizer = self.build_optimizer(self.parameters())
