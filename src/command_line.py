@@ -3,7 +3,6 @@
 import argparse
 import ast
 import errno
-import io
 import json
 import os
 import re
@@ -25,17 +24,23 @@ KINDS = {
     list: 'a list',
     type(None): 'None',
 }
-NUMBERS = (int, float)
+NAMES = list(config.constants())
+ANNOTATIONS = dict(config.__annotations__)  # read once: override() runs config.py again
 
 
 # ------------------------------------------------------------ legal values
+def is_positive(value) -> bool:
+    """The rule where no other is given: numbers are above 0, text is not empty."""
+    return value > 0 if type(value) in (int, float) else value != ''
+
+
 def is_size(value) -> bool:
     sides = config.pair(value)
     return len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)
 
 
 def has_channels(values) -> bool:
-    return len(values) == config.CHANNELS and all(type(value) in NUMBERS for value in values)
+    return len(values) == config.CHANNELS and all(type(v) in (int, float) for v in values)
 
 
 def are_colours(values) -> bool:
@@ -46,13 +51,8 @@ def are_colours(values) -> bool:
 
 def are_texts(value, part: str = '') -> bool:
     """Whether a value is a text, or a list of texts, that are not empty and contain a part."""
-    texts = [value] if type(value) is str else value
+    texts = config.endings(value)
     return len(texts) > 0 and all(type(text) is str and text and part in text for text in texts)
-
-
-def is_positive(value) -> bool:
-    """The rule where no other is given: numbers are above 0, text is not empty."""
-    return value > 0 if type(value) in NUMBERS else value != ''
 
 
 SUFFIX = (
@@ -110,23 +110,21 @@ RULES = {
     'PATH': ('None, a checkpoint or a list of checkpoints', are_texts),
     'THRESHOLD': ('None or a probability between 0 and 1', lambda v: 0 < v < 1),
 }
-NAMES = list(config.constants())
-ANNOTATIONS = dict(config.__annotations__)  # read once: override() runs config.py again
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 DISK |= {errno.ENOTDIR, errno.EEXIST}
 
 
 def kinds(name: str) -> list[type]:
-    """The types that a constant's annotation allows; without one, all of KINDS."""
-    if name not in ANNOTATIONS:
-        return list(KINDS)
-    allowed = list(typing.get_args(ANNOTATIONS[name])) or [ANNOTATIONS[name]]
+    """The types that a constant's annotation allows; without one, all of KINDS. Tuples count as
+    lists."""
+    annotation = ANNOTATIONS.get(name, typing.Union[*KINDS])
+    allowed = typing.get_args(annotation) or [annotation]
     return [list if kind is tuple else kind for kind in allowed]
 
 
 def has_kind(name: str, value) -> bool:
-    """Whether a constant's annotation allows the type of a value. Tuples count as lists."""
-    kind = list if type(value) is tuple else type(value)
+    """Whether a constant's annotation allows the type of a value."""
+    kind = type(config.plain(value))
     return kind in kinds(name) or (kind is int and float in kinds(name))
 
 
@@ -144,11 +142,9 @@ def override(arguments: list[str]) -> None:
             value = ast.literal_eval(text)
         except (ValueError, TypeError, SyntaxError):
             value = text
-        if value == text and text.startswith(('[', '{')) and {list, dict} & set(kinds(name)):
-            raise config.UserMistake(
-                f'{argument}: not a Python literal. The shell may have removed its quotes: put the '
-                f"""argument in double quotes, such as "IMAGE_SUFFIX=['.jpg', '.png']" """
-            )
+        if value == text and text[:1] in ('[', '{') and {list, dict} & set(kinds(name)):
+            remedy = 'put the argument in double quotes and each text in it in single quotes'
+            raise config.UserMistake(f'{argument}: not a Python literal: {remedy}')
         given[name] = value if has_kind(name, value) else text  # INPUT=2018 is text
     # A statement may use the constants above it, so the given values are set after each one.
     for statement in ast.parse(Path(config.__file__).read_text(encoding='utf-8')).body:
@@ -186,36 +182,30 @@ def positive_int(text: str) -> int:
 # ------------------------------------------------------------ a script
 @contextmanager
 def exit_on_sigterm():
-    """Raise SystemExit with status 143 on SIGTERM, wherever the main thread is, as Ctrl-C raises
-    KeyboardInterrupt. docker stop, scancel and timeout send SIGTERM. Lightning calls this handler
-    after its own, which by itself only sets a flag that prediction never reads.
-    """
-    status, stopped = 128 + signal.SIGTERM, False
+    """Raise SystemExit(143) on SIGTERM, which docker stop, scancel and timeout send, as Ctrl-C raises
+    KeyboardInterrupt. Lightning's own handler only sets a flag that prediction never reads."""
+    stopped = False
 
     def stop(*_) -> None:
         nonlocal stopped
         stopped = True
-        sys.exit(status)
-
-    def end_in_destructor(lost) -> None:
         # Python drops what is raised in a destructor, such as the one that waits for the workers.
-        if not stopped:
-            earlier_hook(lost)
-            return
-        sys.stdout.flush()
-        os._exit(status)
+        sys.unraisablehook = end_at_once
+        sys.exit(143)
 
-    earlier_handler = signal.signal(signal.SIGTERM, stop)
-    earlier_hook, sys.unraisablehook = sys.unraisablehook, end_in_destructor
+    def end_at_once(_) -> None:
+        sys.stdout.flush()
+        os._exit(143)
+
+    earlier = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except BaseException:
         if stopped:  # workers that were stopped as well raise errors of their own
-            sys.exit(status)
+            sys.exit(143)
         raise
     finally:
-        signal.signal(signal.SIGTERM, earlier_handler)
-        sys.unraisablehook = earlier_hook
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def run(main, doc: str, options: dict[str, dict] | None = None, defaults: list[str] = ()) -> None:
@@ -227,7 +217,7 @@ def run(main, doc: str, options: dict[str, dict] | None = None, defaults: list[s
         options: name -> keywords of argparse's add_argument.
         defaults: NAME=value arguments; those of the user override them.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
+    if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
         # Print file names that the terminal's encoding lacks as \u65e5, as standard error does.
         sys.stdout.reconfigure(errors='backslashreplace')
 
