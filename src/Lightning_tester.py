@@ -258,7 +258,7 @@ def draw_out_of_fold(table: pd.DataFrame, pairs: dict, models: dict, threshold: 
     worst = plots.comparison(panels, title, model.hparams.CLASSES, model.ignored)
     plots.save(worst, output / 'oof_worst.png')
     title = f'{len(table)} images out of fold, mean {table.dice.mean():.4f}'
-    plots.save(plots.histogram(table.dice, 'Dice', title), output / 'oof_histogram.png')
+    plots.save(plots.histogram(table.dice, title), output / 'oof_histogram.png')
     print(f'{config.OUTPUT}/oof.csv, oof_worst.png, oof_histogram.png')
 
 

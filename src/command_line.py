@@ -14,7 +14,7 @@ from pathlib import Path
 
 import config
 
-# Annotation in config.py -> description of its values.
+# Type in an annotation of config.py -> description of its values.
 KINDS = {
     int: 'a whole number from 1 up',
     float: 'a number above 0',
@@ -25,7 +25,11 @@ KINDS = {
     type(None): 'None',
 }
 NAMES = list(config.constants())
-ANNOTATIONS = dict(config.__annotations__)  # read once: override() runs config.py again
+# Constant -> the types that its annotation allows, tuples as lists.
+TYPES = {
+    name: [list if kind is tuple else kind for kind in typing.get_args(annotation) or [annotation]]
+    for name, annotation in config.__annotations__.items()
+}
 
 
 # ------------------------------------------------------------ legal values
@@ -44,9 +48,9 @@ def has_channels(values) -> bool:
 
 
 def are_colours(values) -> bool:
-    if not all(len(value) == 3 and set(value) <= set(range(256)) for value in values):
-        return False
-    return len(values) == len(set(map(tuple, values))) == max(2, config.CLASSES)
+    different = set(map(tuple, values))
+    bytes_of_rgb = all(len(v) == 3 and set(v) <= set(range(256)) for v in values)
+    return bytes_of_rgb and len(values) == len(different) == max(2, config.CLASSES)
 
 
 def are_texts(value, part: str = '') -> bool:
@@ -55,10 +59,7 @@ def are_texts(value, part: str = '') -> bool:
     return len(texts) > 0 and all(type(text) is str and text and part in text for text in texts)
 
 
-SUFFIX = (
-    "a suffix such as '.png' or '_mask.png', or a list of suffixes",
-    lambda v: are_texts(v, '.'),
-)
+SUFFIX = ("a suffix such as '.png', or a list of suffixes", lambda v: are_texts(v, '.'))
 # Name -> legal values and a test, where a constant's annotation does not say enough.
 # None is legal if the annotation allows it. The test does not see it.
 RULES = {
@@ -73,7 +74,7 @@ RULES = {
     'CLASSES': ('a whole number from 1 to 255', lambda v: 1 <= v <= 255),
     'INPUT_SHAPE': (
         '(CHANNELS, height, width): set CROP_SIZE instead',
-        lambda v: list(v) == [config.CHANNELS, *config.crop_size()],
+        lambda v: v == [config.CHANNELS, *config.crop_size()],
     ),
     'MODEL_MEAN': ('one number per channel (CHANNELS)', has_channels),
     'MODEL_STD': ('one number above 0 per channel', lambda v: has_channels(v) and min(v) > 0),
@@ -86,10 +87,7 @@ RULES = {
         are_colours,
     ),
     'N_FOLDS': ('a whole number from 2 up', lambda v: v >= 2),
-    'GROUP_REGEX': (
-        'None or a regular expression with one (group)',
-        lambda v: re.compile(v).groups >= 1,
-    ),
+    'GROUP_REGEX': ('None or a regex with one (group)', lambda v: re.compile(v).groups >= 1),
     'FOLDS': (
         'a list of different folds from 0 to N_FOLDS - 1, such as [0]',
         lambda v: 0 < len(v) == len(set(v)) and set(v) <= set(range(config.N_FOLDS)),
@@ -98,10 +96,7 @@ RULES = {
     'SCHEDULE': ("None, 'cosine' or 'poly'", lambda v: v in ('cosine', 'poly')),
     'SEED': ('a whole number from 0 to 2**32 - 1', lambda v: 0 <= v < 2**32),
     'NUM_WORKERS': ('a whole number from 0 up', lambda v: v >= 0),
-    'DEVICES': (
-        "a number of devices per machine, -1 or 'auto'",
-        lambda v: v in ('auto', -1) or v > 0,
-    ),
+    'DEVICES': ("devices per machine, -1 or 'auto'", lambda v: v in ('auto', -1) or v > 0),
     # A forked or spawned process does not run the script, so it would not know the arguments.
     'STRATEGY': (
         "'auto', 'ddp' or another one that starts the script again, not fork, spawn or notebook",
@@ -114,18 +109,9 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errn
 DISK |= {errno.ENOTDIR, errno.EEXIST}
 
 
-def kinds(name: str) -> list[type]:
-    """The types that a constant's annotation allows; without one, all of KINDS. Tuples count as
-    lists."""
-    annotation = ANNOTATIONS.get(name, typing.Union[*KINDS])
-    allowed = typing.get_args(annotation) or [annotation]
-    return [list if kind is tuple else kind for kind in allowed]
-
-
-def has_kind(name: str, value) -> bool:
-    """Whether a constant's annotation allows the type of a value."""
-    kind = type(config.plain(value))
-    return kind in kinds(name) or (kind is int and float in kinds(name))
+def has_legal_type(name: str, value) -> bool:
+    allowed, kind = TYPES.get(name, KINDS), type(config.plain(value))
+    return kind in allowed or (kind is int and float in allowed)
 
 
 def override(arguments: list[str]) -> None:
@@ -142,10 +128,10 @@ def override(arguments: list[str]) -> None:
             value = ast.literal_eval(text)
         except (ValueError, TypeError, SyntaxError):
             value = text
-        if value == text and text[:1] in ('[', '{') and {list, dict} & set(kinds(name)):
+        if value == text and text[:1] in ('[', '{') and {list, dict} & set(TYPES[name]):
             remedy = 'put the argument in double quotes and each text in it in single quotes'
             raise config.UserMistake(f'{argument}: not a Python literal: {remedy}')
-        given[name] = value if has_kind(name, value) else text  # INPUT=2018 is text
+        given[name] = value if has_legal_type(name, value) else text  # INPUT=2018 is text
     # A statement may use the constants above it, so the given values are set after each one.
     for statement in ast.parse(Path(config.__file__).read_text(encoding='utf-8')).body:
         if not isinstance(statement, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
@@ -156,11 +142,11 @@ def override(arguments: list[str]) -> None:
 def check() -> None:
     """Raise config.UserMistake if a constant has a wrong value. It names the valid values."""
     for name, value in config.constants().items():
-        described = ' or '.join(KINDS[kind] for kind in kinds(name))
+        described = ' or '.join(KINDS[kind] for kind in TYPES.get(name, KINDS))
         legal, test = RULES.get(name, (described, is_positive))
         try:
             json.dumps(value)  # checkpoints can save only plain types
-            right = has_kind(name, value) and (value is None or test(value))
+            right = has_legal_type(name, value) and (value is None or test(value))
         except (TypeError, re.error):
             right = False
         if not right:
