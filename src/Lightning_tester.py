@@ -3,16 +3,14 @@
 Reads   OUTPUT/models.csv and its checkpoints; TRAIN_FOLDS with the images and masks (TRAIN_PATH,
         MASK_PATH, IMAGE_PREFIX, IMAGE_SUFFIX, MASK_PREFIX, MASK_SUFFIX, TRAIN_CSV) of FOLDS; the
         images of TEST_PATH (TEST_SUFFIX), in the order of TEST_CSV.
-Writes  OUTPUT/oof.csv: img,kfold,dice,iou at each image's own size; oof_worst.png,
-        oof_histogram.png; OUTPUT/submission.csv: img,rle_mask (RLE_ORDER); test_samples.png;
-        with SAVE_MASKS, or several classes, OUTPUT/test_masks/<img>.png; OUTPUT/model_fold#/,
-        each model for smp.from_pretrained.
+Writes  in OUTPUT oof.csv: img,kfold,dice,iou at each image's own size; submission.csv:
+        img,rle_mask (RLE_ORDER); oof_worst.png, oof_histogram.png, test_samples.png; model_fold#/
+        for smp.from_pretrained; with SAVE_MASKS, or several classes, test_masks/<img>.png.
 
 Every model is rebuilt from the constants in its checkpoint. THRESHOLD=None chooses the threshold
 that is best out of fold. TTA also predicts the mirrored image. RESUME continues the test images of
 a killed run. With PATH, a checkpoint or a list of them, the script only predicts TEST_PATH, with
-the mean of these models. Hardware and speed: ACCELERATOR, DEVICES, VAL_BATCH_SIZE, NUM_WORKERS,
-PRECISION.
+their mean. Hardware and speed: ACCELERATOR, DEVICES, VAL_BATCH_SIZE, NUM_WORKERS, PRECISION.
 
     python Lightning_tester.py
     python Lightning_tester.py TEST_PATH=/my/images PATH=lightning_logs/version_0/checkpoints/last.ckpt
@@ -141,11 +139,8 @@ def load_model(name: str) -> CarvanaModel:
 
 
 def export(model: CarvanaModel, folder: Path, threshold: float) -> None:
-    """Write the network for segmentation_models_pytorch.from_pretrained.
-
-    Its config.json also says how to use it; mean and std are of images scaled to 0..1.
-    """
-    # The underscore tells smp that a name is no argument of the model.
+    """Write the network for smp.from_pretrained. Its config.json also says how to use it."""
+    # The underscore tells smp that a name is no argument of the model. mean and std are of 0..1.
     model.model.config.update(
         _mean=model.hparams.MODEL_MEAN,
         _std=model.hparams.MODEL_STD,
@@ -193,7 +188,12 @@ def score_out_of_fold(models: dict[int, CarvanaModel]) -> float:
         counts += predictor.predict(runner, batches)
     counts = torch.from_numpy(np.stack(counts))  # (N, T, 3, K)
     dice, iou = (x.reshape(counts.shape[:2]) for x in metrics.dice_and_iou(counts.flatten(0, 1)))
-    chosen = choose_threshold(dice.mean(0), thresholds)
+    means, half = dice.mean(0), thresholds.index(0.5)
+    chosen = half
+    if config.THRESHOLD in thresholds:
+        chosen = thresholds.index(config.THRESHOLD)
+    elif means.max() > means[half] + 1e-6:  # not only by rounding
+        chosen = int(means.argmax())
     table['dice'], table['iou'] = dice[:, chosen].numpy(), iou[:, chosen].numpy()
     if rank_zero_only.rank == 0:
         output = config.path(config.OUTPUT)
@@ -204,29 +204,25 @@ def score_out_of_fold(models: dict[int, CarvanaModel]) -> float:
             print_classes(counts[:, 0])
         else:
             why = 'tuned on these images' if config.THRESHOLD is None else 'as set'
-            at_half = dice[:, thresholds.index(0.5)].mean()
-            scores = f'mean Dice {table.dice.mean():.4f} ({at_half:.4f} at 0.5)'
+            scores = f'mean Dice {means[chosen]:.4f} ({means[half]:.4f} at 0.5)'
             print(f'threshold {thresholds[chosen]}: {scores}, {why}')
     draw_out_of_fold(table, pairs, models, thresholds[chosen])
     return thresholds[chosen]
 
 
-def choose_threshold(means: torch.Tensor, thresholds: list[float]) -> int:
-    """The place of the threshold to use: THRESHOLD, or the one with the best mean Dice (T,)."""
-    if config.THRESHOLD in thresholds:
-        return thresholds.index(config.THRESHOLD)
-    best, half = int(means.argmax()), thresholds.index(0.5)
-    better = means[best] > means[half] + 1e-6  # and not only by rounding
-    return best if better else half
-
-
 def print_scores(table: pd.DataFrame) -> None:
     """Print mean Dice and IoU per fold and overall, and the ten worst images."""
-    folds_and_all = pd.concat([table, table.assign(kfold='all')]).rename(columns={'kfold': 'fold'})
-    scores = folds_and_all.groupby('fold', sort=False, as_index=False).agg(
-        images=('img', 'size'), Dice=('dice', 'mean'), spread=('dice', 'std'), IoU=('iou', 'mean')
+    scores = (
+        pd.concat([table, table.assign(kfold='all')])
+        .groupby('kfold', sort=False)
+        .agg(
+            images=('img', 'size'),
+            Dice=('dice', 'mean'),
+            spread=('dice', 'std'),
+            IoU=('iou', 'mean'),
+        )
     )
-    print(scores.to_string(index=False, float_format='%.4f'))
+    print(scores.rename_axis('fold').reset_index().to_string(index=False, float_format='%.4f'))
     worst = table.nsmallest(10, 'dice')[['dice', 'img']]
     print('worst Dice:')
     print(worst.to_string(index=False, header=False, float_format='%.4f'))
@@ -237,12 +233,15 @@ def print_classes(counts: torch.Tensor) -> None:
     columns = ['Dice per image', 'IoU per image', 'IoU of the data set']
     table = pd.DataFrame(torch.stack(metrics.class_means(counts), 1).numpy(), columns=columns)
     table.loc['mean'] = table.mean()
-    print(table.to_string(float_format='%.4f'))
+    print(table.rename_axis('class').reset_index().to_string(index=False, float_format='%.4f'))
 
 
 def draw_out_of_fold(table: pd.DataFrame, pairs: dict, models: dict, threshold: float) -> None:
-    """oof_worst.png: the worst and typical images with truth, prediction and errors;
-    oof_histogram.png: the distribution of the Dice. `pairs`: name -> image file and mask."""
+    """Draw oof_worst.png, the worst and typical images, and oof_histogram.png.
+
+    Args:
+        pairs: image name -> image file and mask.
+    """
     ordered, panels = table.sort_values('dice'), []
     middle = max(4, len(ordered) // 2 - 2)
     rows = ordered[:4].assign(kind='worst'), ordered[middle : middle + 4].assign(kind='typical')
@@ -254,11 +253,11 @@ def draw_out_of_fold(table: pd.DataFrame, pairs: dict, models: dict, threshold: 
         panels.append((row.kind, row.img, image, truth, mask, row.dice))
     if rank_zero_only.rank > 0:
         return
-    output, title = config.path(config.OUTPUT), 'Out of fold: the worst, then typical images'
+    title = 'Out of fold: the worst, then typical images'
     worst = plots.comparison(panels, title, model.hparams.CLASSES, model.ignored)
-    plots.save(worst, output / 'oof_worst.png')
     title = f'{len(table)} images out of fold, mean {table.dice.mean():.4f}'
-    plots.save(plots.histogram(table.dice, title), output / 'oof_histogram.png')
+    plots.save(worst, config.path(config.OUTPUT) / 'oof_worst.png')
+    plots.save(plots.histogram(table.dice, title), config.path(config.OUTPUT) / 'oof_histogram.png')
     print(f'{config.OUTPUT}/oof.csv, oof_worst.png, oof_histogram.png')
 
 

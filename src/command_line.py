@@ -228,8 +228,8 @@ def run(main, doc: str, options: dict[str, dict] | None = None, defaults: list[s
             if options:
                 main(values)
                 return
-            # Lightning starts more processes with this command line. It gives them all constants as
-            # they are now, even if config.py is edited in the meantime.
+            # Lightning starts more processes with this command line. They get all constants as they
+            # are now, even if config.py is edited in the meantime.
             sys.argv[1:] = as_arguments()
             main()
     except config.UserMistake as mistake:

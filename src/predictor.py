@@ -36,8 +36,9 @@ def list_test_files(model) -> list[Path]:
     Raises:
         config.UserMistake: for an image that cannot be read.
     """
-    if not files.walk(config.path(config.TEST_PATH)):
-        runtime.print_once(f'nothing to predict: {config.TEST_PATH} does not exist, or it is empty')
+    folder = config.TEST_PATH
+    if not files.walk(config.path(folder)):
+        runtime.print_once(f'nothing to predict: TEST_PATH={folder} does not exist, or it is empty')
         return []
     found = files.list_files('TEST_PATH')
     names = list(found)
@@ -63,9 +64,9 @@ def list_test_files(model) -> list[Path]:
 class ImageBatches(Dataset):
     """Image files in batches of VAL_BATCH_SIZE; with SCALE, a batch is one image.
 
-    Items are whole batches: {'image': uint8 (N, channels, H, W),
-    'img': paths, relative to TEST_PATH if inside it, 'shape': each image's own (height, width)};
-    if there are mask files, also 'mask': a list of uint8 (height, width).
+    Items are whole batches: {'image': uint8 (N, channels, H, W), 'img': paths, relative to TEST_PATH
+    if inside it, 'shape': each image's own (height, width)}; if there are mask files, also 'mask': a
+    list of uint8 (height, width).
     """
 
     def __init__(self, image_files, model, mask_files=()):
@@ -109,7 +110,7 @@ class Predictor(pl.LightningModule):
     def __init__(self, models: list, thresholds: list[float], tta: bool = False):
         super().__init__()
         self.models, self.tta = torch.nn.ModuleList(models), tta
-        self.ignore_index = models[0].ignored if models else None
+        self.ignore_index = models[0].ignored
         self.register_buffer('thresholds', torch.tensor(thresholds), persistent=False)
 
     def probabilities(self, x: torch.Tensor) -> torch.Tensor:
@@ -125,7 +126,7 @@ class Predictor(pl.LightningModule):
         """Per image of a batch of ImageBatches: class indices, uint8 (height, width); if the batch
         has masks, counts instead."""
         if not batch:
-            return []  # see `run`
+            return []  # of a process that has no images, see `run`
         results, probabilities = [], self.probabilities(batch['image'])
         if not probabilities.isfinite().all():
             raise config.UserMistake(
@@ -143,12 +144,8 @@ class Predictor(pl.LightningModule):
         return results
 
     def count(self, p: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """tp, fp, fn of one image, int64: (T, 3, 1) for T thresholds, or (1, 3, K) for K classes.
-
-        Args:
-            p: probabilities (1, K, height, width).
-            mask: uint8 (height, width).
-        """
+        """tp, fp, fn from probabilities (1, K, height, width) and a mask (height, width), int64:
+        (T, 3, 1) for T thresholds, or (1, 3, K) for K classes."""
         if p.shape[1] > 1:
             return metrics.count(metrics.decide(p), mask[None], p.shape[1], self.ignore_index)
         inside, outside = p[0, 0][mask == 1], p[0, 0][mask == 0]  # neither: ignored
@@ -183,7 +180,7 @@ class SubmissionWriter(BasePredictionWriter):
                 rows.writerow([name, masks.rle_encode(mask, config.RLE_ORDER)])
 
 
-def make_trainer() -> pl.Trainer:
+def trainer_with_bar() -> pl.Trainer:
     """A Trainer that predicts, with a progress bar on a terminal."""
     bars = callbacks.progress_bars()
     return runtime.make_trainer(callbacks=bars, enable_progress_bar=bool(bars))
@@ -208,7 +205,7 @@ def run(trainer, predictor: Predictor, batches: ImageBatches, done: int = 0, kee
 
 def predict(predictor: Predictor, batches: ImageBatches) -> list[np.ndarray]:
     """The results of Predictor.predict_step for all images, in order, on every process."""
-    trainer = make_trainer()
+    trainer = trainer_with_bar()
     ranks = [run(trainer, predictor, batches)]
     if trainer.world_size > 1:
         this_rank, ranks = ranks[0], [None] * trainer.world_size
@@ -219,7 +216,7 @@ def predict(predictor: Predictor, batches: ImageBatches) -> list[np.ndarray]:
 def write_submission(predictor: Predictor, batches: ImageBatches, mask_folder: Path | None) -> None:
     """Predict all images and write OUTPUT/submission.csv. RESUME continues a killed run of the same
     fingerprint. mask_folder: see SubmissionWriter."""
-    trainer = make_trainer()
+    trainer = trainer_with_bar()
     key = fingerprint(predictor, batches, mask_folder is not None, trainer.world_size)
     target = config.path(config.OUTPUT) / 'submission.csv'
     target.parent.mkdir(parents=True, exist_ok=True)
