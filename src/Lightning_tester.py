@@ -127,10 +127,7 @@ def load_model(name: str) -> CarvanaModel:
     try:
         model = CarvanaModel.load_from_checkpoint(file, map_location='cpu', weights_only=True)
     except Exception as error:  # a damaged file raises whatever pickle, zipfile and torch raise
-        reason = config.shorten(error)
-        raise config.UserMistake(
-            f'{name}: not a checkpoint that can be loaded ({reason})'
-        ) from None
+        raise config.UserMistake(f'{name}: not a checkpoint ({config.shorten(error)})') from None
     if not all(weight.isfinite().all() for weight in model.state_dict().values()):
         raise config.UserMistake(f'{name}: its weights are not finite: train it again')
     size = 'x'.join(map(str, model.input_size[:2]))
@@ -212,17 +209,11 @@ def score_out_of_fold(models: dict[int, CarvanaModel]) -> float:
 
 def print_scores(table: pd.DataFrame) -> None:
     """Print mean Dice and IoU per fold and overall, and the ten worst images."""
-    scores = (
-        pd.concat([table, table.assign(kfold='all')])
-        .groupby('kfold', sort=False)
-        .agg(
-            images=('img', 'size'),
-            Dice=('dice', 'mean'),
-            spread=('dice', 'std'),
-            IoU=('iou', 'mean'),
-        )
+    rows = pd.concat([table, table.assign(kfold='all')]).rename(columns={'kfold': 'fold'})
+    scores = rows.groupby('fold', sort=False, as_index=False).agg(
+        images=('img', 'size'), Dice=('dice', 'mean'), spread=('dice', 'std'), IoU=('iou', 'mean')
     )
-    print(scores.rename_axis('fold').reset_index().to_string(index=False, float_format='%.4f'))
+    print(scores.to_string(index=False, float_format='%.4f'))
     worst = table.nsmallest(10, 'dice')[['dice', 'img']]
     print('worst Dice:')
     print(worst.to_string(index=False, header=False, float_format='%.4f'))
