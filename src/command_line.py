@@ -3,7 +3,6 @@
 import argparse
 import ast
 import errno
-import io
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import config
 
-# Annotation in config.py -> description of its values.
+# Type in an annotation of config.py -> description of its values.
 KINDS = {
     int: 'a whole number from 1 up',
     float: 'a number above 0',
@@ -25,40 +24,42 @@ KINDS = {
     list: 'a list',
     type(None): 'None',
 }
-NUMBERS = (int, float)
+NAMES = list(config.constants())
+# Constant -> the types that its annotation allows, tuples as lists.
+TYPES = {
+    name: [list if kind is tuple else kind for kind in typing.get_args(annotation) or [annotation]]
+    for name, annotation in config.__annotations__.items()
+}
 
 
 # ------------------------------------------------------------ legal values
+def is_positive(value) -> bool:
+    """The rule where no other is given: numbers are above 0, text is not empty."""
+    return value > 0 if type(value) in (int, float) else value != ''
+
+
 def is_size(value) -> bool:
     sides = config.pair(value)
     return len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)
 
 
 def has_channels(values) -> bool:
-    return len(values) == config.CHANNELS and all(type(value) in NUMBERS for value in values)
+    return len(values) == config.CHANNELS and all(type(v) in (int, float) for v in values)
 
 
 def are_colours(values) -> bool:
-    if not all(len(value) == 3 and set(value) <= set(range(256)) for value in values):
-        return False
-    return len(values) == len(set(map(tuple, values))) == max(2, config.CLASSES)
+    different = set(map(tuple, values))
+    bytes_of_rgb = all(len(v) == 3 and set(v) <= set(range(256)) for v in values)
+    return bytes_of_rgb and len(values) == len(different) == max(2, config.CLASSES)
 
 
 def are_texts(value, part: str = '') -> bool:
     """Whether a value is a text, or a list of texts, that are not empty and contain a part."""
-    texts = [value] if type(value) is str else value
+    texts = config.endings(value)
     return len(texts) > 0 and all(type(text) is str and text and part in text for text in texts)
 
 
-def is_positive(value) -> bool:
-    """The rule where no other is given: numbers are above 0, text is not empty."""
-    return value > 0 if type(value) in NUMBERS else value != ''
-
-
-SUFFIX = (
-    "a suffix such as '.png' or '_mask.png', or a list of suffixes",
-    lambda v: are_texts(v, '.'),
-)
+SUFFIX = ("a suffix such as '.png', or a list of suffixes", lambda v: are_texts(v, '.'))
 # Name -> legal values and a test, where a constant's annotation does not say enough.
 # None is legal if the annotation allows it. The test does not see it.
 RULES = {
@@ -73,7 +74,7 @@ RULES = {
     'CLASSES': ('a whole number from 1 to 255', lambda v: 1 <= v <= 255),
     'INPUT_SHAPE': (
         '(CHANNELS, height, width): set CROP_SIZE instead',
-        lambda v: list(v) == [config.CHANNELS, *config.crop_size()],
+        lambda v: v == [config.CHANNELS, *config.crop_size()],
     ),
     'MODEL_MEAN': ('one number per channel (CHANNELS)', has_channels),
     'MODEL_STD': ('one number above 0 per channel', lambda v: has_channels(v) and min(v) > 0),
@@ -86,10 +87,7 @@ RULES = {
         are_colours,
     ),
     'N_FOLDS': ('a whole number from 2 up', lambda v: v >= 2),
-    'GROUP_REGEX': (
-        'None or a regular expression with one (group)',
-        lambda v: re.compile(v).groups >= 1,
-    ),
+    'GROUP_REGEX': ('None or a regex with one (group)', lambda v: re.compile(v).groups >= 1),
     'FOLDS': (
         'a list of different folds from 0 to N_FOLDS - 1, such as [0]',
         lambda v: 0 < len(v) == len(set(v)) and set(v) <= set(range(config.N_FOLDS)),
@@ -98,10 +96,7 @@ RULES = {
     'SCHEDULE': ("None, 'cosine' or 'poly'", lambda v: v in ('cosine', 'poly')),
     'SEED': ('a whole number from 0 to 2**32 - 1', lambda v: 0 <= v < 2**32),
     'NUM_WORKERS': ('a whole number from 0 up', lambda v: v >= 0),
-    'DEVICES': (
-        "a number of devices per machine, -1 or 'auto'",
-        lambda v: v in ('auto', -1) or v > 0,
-    ),
+    'DEVICES': ("devices per machine, -1 or 'auto'", lambda v: v in ('auto', -1) or v > 0),
     # A forked or spawned process does not run the script, so it would not know the arguments.
     'STRATEGY': (
         "'auto', 'ddp' or another one that starts the script again, not fork, spawn or notebook",
@@ -110,24 +105,13 @@ RULES = {
     'PATH': ('None, a checkpoint or a list of checkpoints', are_texts),
     'THRESHOLD': ('None or a probability between 0 and 1', lambda v: 0 < v < 1),
 }
-NAMES = list(config.constants())
-ANNOTATIONS = dict(config.__annotations__)  # read once: override() runs config.py again
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 DISK |= {errno.ENOTDIR, errno.EEXIST}
 
 
-def kinds(name: str) -> list[type]:
-    """The types that a constant's annotation allows; without one, all of KINDS."""
-    if name not in ANNOTATIONS:
-        return list(KINDS)
-    allowed = list(typing.get_args(ANNOTATIONS[name])) or [ANNOTATIONS[name]]
-    return [list if kind is tuple else kind for kind in allowed]
-
-
-def has_kind(name: str, value) -> bool:
-    """Whether a constant's annotation allows the type of a value. Tuples count as lists."""
-    kind = list if type(value) is tuple else type(value)
-    return kind in kinds(name) or (kind is int and float in kinds(name))
+def has_legal_type(name: str, value) -> bool:
+    allowed, kind = TYPES.get(name, KINDS), type(config.plain(value))
+    return kind in allowed or (kind is int and float in allowed)
 
 
 def override(arguments: list[str]) -> None:
@@ -144,12 +128,10 @@ def override(arguments: list[str]) -> None:
             value = ast.literal_eval(text)
         except (ValueError, TypeError, SyntaxError):
             value = text
-        if value == text and text.startswith(('[', '{')) and {list, dict} & set(kinds(name)):
-            raise config.UserMistake(
-                f'{argument}: not a Python literal. The shell may have removed its quotes: put the '
-                f"""argument in double quotes, such as "IMAGE_SUFFIX=['.jpg', '.png']" """
-            )
-        given[name] = value if has_kind(name, value) else text  # INPUT=2018 is text
+        if value == text and text[:1] in ('[', '{') and {list, dict} & set(TYPES[name]):
+            remedy = 'put the argument in double quotes and each text in it in single quotes'
+            raise config.UserMistake(f'{argument}: not a Python literal: {remedy}')
+        given[name] = value if has_legal_type(name, value) else text  # INPUT=2018 is text
     # A statement may use the constants above it, so the given values are set after each one.
     for statement in ast.parse(Path(config.__file__).read_text(encoding='utf-8')).body:
         if not isinstance(statement, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
@@ -160,11 +142,11 @@ def override(arguments: list[str]) -> None:
 def check() -> None:
     """Raise config.UserMistake if a constant has a wrong value. It names the valid values."""
     for name, value in config.constants().items():
-        described = ' or '.join(KINDS[kind] for kind in kinds(name))
+        described = ' or '.join(KINDS[kind] for kind in TYPES.get(name, KINDS))
         legal, test = RULES.get(name, (described, is_positive))
         try:
             json.dumps(value)  # checkpoints can save only plain types
-            right = has_kind(name, value) and (value is None or test(value))
+            right = has_legal_type(name, value) and (value is None or test(value))
         except (TypeError, re.error):
             right = False
         if not right:
@@ -186,36 +168,30 @@ def positive_int(text: str) -> int:
 # ------------------------------------------------------------ a script
 @contextmanager
 def exit_on_sigterm():
-    """Raise SystemExit with status 143 on SIGTERM, wherever the main thread is, as Ctrl-C raises
-    KeyboardInterrupt. docker stop, scancel and timeout send SIGTERM. Lightning calls this handler
-    after its own, which by itself only sets a flag that prediction never reads.
-    """
-    status, stopped = 128 + signal.SIGTERM, False
+    """Raise SystemExit(143) on SIGTERM, which docker stop, scancel and timeout send, as Ctrl-C raises
+    KeyboardInterrupt. Lightning's own handler only sets a flag that prediction never reads."""
+    stopped = False
 
     def stop(*_) -> None:
         nonlocal stopped
         stopped = True
-        sys.exit(status)
-
-    def end_in_destructor(lost) -> None:
         # Python drops what is raised in a destructor, such as the one that waits for the workers.
-        if not stopped:
-            earlier_hook(lost)
-            return
-        sys.stdout.flush()
-        os._exit(status)
+        sys.unraisablehook = end_at_once
+        sys.exit(143)
 
-    earlier_handler = signal.signal(signal.SIGTERM, stop)
-    earlier_hook, sys.unraisablehook = sys.unraisablehook, end_in_destructor
+    def end_at_once(_) -> None:
+        sys.stdout.flush()
+        os._exit(143)
+
+    earlier = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except BaseException:
         if stopped:  # workers that were stopped as well raise errors of their own
-            sys.exit(status)
+            sys.exit(143)
         raise
     finally:
-        signal.signal(signal.SIGTERM, earlier_handler)
-        sys.unraisablehook = earlier_hook
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def run(main, doc: str, options: dict[str, dict] | None = None, defaults: list[str] = ()) -> None:
@@ -227,7 +203,7 @@ def run(main, doc: str, options: dict[str, dict] | None = None, defaults: list[s
         options: name -> keywords of argparse's add_argument.
         defaults: NAME=value arguments; those of the user override them.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
+    if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
         # Print file names that the terminal's encoding lacks as \u65e5, as standard error does.
         sys.stdout.reconfigure(errors='backslashreplace')
 
@@ -252,8 +228,8 @@ def run(main, doc: str, options: dict[str, dict] | None = None, defaults: list[s
             if options:
                 main(values)
                 return
-            # Lightning starts more processes with this command line. It gives them all constants as
-            # they are now, even if config.py is edited in the meantime.
+            # Lightning starts more processes with this command line. They get all constants as they
+            # are now, even if config.py is edited in the meantime.
             sys.argv[1:] = as_arguments()
             main()
     except config.UserMistake as mistake:

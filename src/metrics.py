@@ -33,39 +33,35 @@ def predict_windows(model, x: torch.Tensor, size: tuple[int, int], batch_size: i
     a Hann window. A model is worst at the border of its input, so images are extended by reflection,
     by an eighth of a window, as in U-Net (Ronneberger et al. 2015, arXiv 1505.04597).
     """
-    height, width = x.shape[2:]
-    if (height, width) == tuple(size):
+    if x.shape[2:] == size:
         return model(x)
-    rows, row_windows = axis_windows(height, size[0], x.device)
-    columns, column_windows = axis_windows(width, size[1], x.device)
+    (height, width), (top, left) = x.shape[2:], (side // 8 for side in size)
+    rows, columns = extended(height, size[0]), extended(width, size[1])
     padded = x[..., rows[:, None], columns]
-    windows, total = list(itertools.product(row_windows, column_windows)), None
+    hann = [torch.hann_window(n + 2, periodic=False, device=x.device)[1:-1] for n in size]
+    weight = hann[0][:, None] * hann[1]
+    total, weights = 0, weight.new_zeros(padded.shape[2:])
+    row_slices, column_slices = (
+        window_slices(len(rows), size[0]),
+        window_slices(len(columns), size[1]),
+    )
+    windows = list(itertools.product(row_slices, column_slices))
     for first in range(0, len(windows), batch_size):
         batch = windows[first : first + batch_size]
-        cut = torch.cat([padded[..., r, c] for (r, _), (c, _) in batch])
-        logits = model(cut).float()
-        if total is None:
+        logits = model(torch.cat([padded[..., r, c] for r, c in batch])).float()
+        if first == 0:
             total = logits.new_zeros(len(x), logits.shape[1], len(rows), len(columns))
-        for ((r, row_weights), (c, column_weights)), part in zip(batch, logits.split(len(x))):
-            total[..., r, c] += part * (row_weights[:, None] * column_weights)
-    top, left = size[0] // 8, size[1] // 8
-    return total[..., top : top + height, left : left + width]
+        for (r, c), part in zip(batch, logits.split(len(x))):
+            total[..., r, c] += part * weight
+            weights[r, c] += weight
+    return total.div_(weights)[..., top : top + height, left : left + width]
 
 
-def axis_windows(side: int, length: int, device) -> tuple[torch.Tensor, list[tuple]]:
-    """Cover an axis of `side` pixels, extended by reflection, with windows of `length`.
-
-    Returns: the pixel of the image at each place of the extended axis; per window its slice of that
-    axis and its weights (length,). The weights of all windows at a place sum to 1.
-    """
+def extended(side: int, length: int) -> torch.Tensor:
+    """Pixel indices of an axis, reflected by an eighth of a window on each side, or until one fits."""
     border = length // 8
     widths = border, max(border, length - border - side)
-    pixels = np.pad(np.arange(side), widths, 'reflect' if side > 1 else 'edge')
-    hann = torch.hann_window(length + 2, periodic=False, device=device)[1:-1]
-    slices, sums = window_slices(len(pixels), length), torch.zeros(len(pixels), device=device)
-    for cut in slices:
-        sums[cut] += hann
-    return torch.from_numpy(pixels).to(device), [(cut, hann / sums[cut]) for cut in slices]
+    return torch.from_numpy(np.pad(np.arange(side), widths, 'reflect' if side > 1 else 'edge'))
 
 
 def window_slices(side: int, length: int) -> list[slice]:

@@ -69,11 +69,9 @@ def errors(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, ignore)
 
 def legend(fig: Figure, classes: int, **others: str) -> None:
     """Name the colours of `overlay`, and others (name=colour), below the axes."""
-    names = [f'class {index}' for index in range(1, classes)]
-    if classes == 1:
-        names = ['foreground']
-    entries = [*zip(names, CLASS_COLOURS), *others.items()]
-    handles = [Patch(color=colour, label=name) for name, colour in entries]
+    names = [f'class {index}' for index in range(1, classes)] or ['foreground']
+    colours = dict(zip(names, CLASS_COLOURS)) | others
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
     fig.legend(handles=handles, loc='outside lower center', ncols=8, fontsize=8, frameon=False)
 
 
@@ -114,39 +112,33 @@ def samples(masks: dict[str, tuple], classes: int) -> Figure:
 
 
 def curves(history: list[dict], title: str) -> Figure:
-    """Loss, scores and learning rate of each epoch.
-
-    Args:
-        history: a dictionary of logged values per epoch.
-    """
+    """Loss, scores and learning rate, from a dictionary of logged values per epoch."""
     fig, axes = figure(1, 3, 3.6, 2.8, title)
     panels = {
         'loss': {'train_loss': ORANGE, 'val_loss': BLUE},
         'mean over images': {'val_dice': BLUE, 'val_iou': GREEN},
         'learning rate': {'lr': 'black'},
     }
+    epochs = [row['epoch'] + 1 for row in history]
     for axis, (label, columns) in zip(axes[0], panels.items()):
         for column, colour in columns.items():
-            points = [(row['epoch'] + 1, row[column]) for row in history]
-            axis.plot(*zip(*points), color=colour, marker='o', ms=3, label=column)
+            values = [row[column] for row in history]
+            axis.plot(epochs, values, color=colour, marker='o', ms=3, label=column)
         axis.legend(fontsize=8, frameon=False)
-        axis.set_ylabel(label)
-    axes[0, 2].set_ylim(0, None)
-    for axis in axes[0]:
-        axis.set(xlabel='epochs', xlim=(0, len(history) + 0.5))
+        axis.set(xlabel='epochs', ylabel=label, xlim=(0, len(history) + 0.5))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
+    axes[0, 2].set_ylim(0, None)
     return fig
 
 
-def histogram(values, label: str, title: str) -> Figure:
-    """A histogram of the scores of all images, with the median."""
+def histogram(dice, title: str) -> Figure:
+    """A histogram of the Dice of all images, with the median."""
     fig, axes = figure(1, 1, 5.5, 3.2, title)
-    axis, median = axes[0, 0], np.median(values)
-    low = min(0.9, np.floor(np.min(values) * 20) / 20)
-    axis.hist(values, bins=np.linspace(low, 1, 41), color=BLUE)
+    axis, median = axes[0, 0], np.median(dice)
+    axis.hist(dice, bins=40, range=(min(0.9, np.min(dice)), 1), color=BLUE)
     axis.axvline(median, color=ORANGE, label=f'median {median:.4f}')
-    axis.set(xlabel=label, ylabel='images')
+    axis.set(xlabel='Dice', ylabel='images')
     axis.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, frameon=False)

@@ -1,12 +1,12 @@
 """Runs trained models on any number of image files. The result has the size of each image.
 
 A batch always contains the same images, with any number of processes and after any kill. So the
-result is always the same, byte for byte.
+result is always the same, byte for byte. In the order of the work: list_test_files, ImageBatches
+reads, Predictor predicts, SubmissionWriter writes; write_submission puts them together.
 """
 
 import csv
 import hashlib
-import io
 import json
 from pathlib import Path
 
@@ -30,7 +30,8 @@ import runtime
 
 
 def list_test_files(model) -> list[Path]:
-    """The images that a CarvanaModel is to predict: those of TEST_CSV, in its order, or of TEST_PATH.
+    """The images that a CarvanaModel is to predict: those of TEST_CSV, in its order. If it lists
+    none of those in TEST_PATH, or there is no TEST_CSV, all images of TEST_PATH.
 
     Raises:
         config.UserMistake: for an image that cannot be read.
@@ -40,7 +41,17 @@ def list_test_files(model) -> list[Path]:
         runtime.print_once(f'nothing to predict: TEST_PATH={folder} does not exist, or it is empty')
         return []
     found = files.list_files('TEST_PATH')
-    names = in_order_of_table(list(found))
+    names = list(found)
+    if files.is_table('TEST_CSV', 'sample_submission.csv'):
+        table = files.read_table(config.path(config.TEST_CSV), ['img'], 'fix or remove it')
+        listed = dict.fromkeys(files.name_in_table(cell, 'TEST_PATH') for cell in table.img)
+        names = [name for name in listed if name in found] or names
+        differing = sorted(listed.keys() ^ found.keys())
+        if differing:
+            runtime.print_once(
+                f'{config.TEST_CSV} and TEST_PATH differ in {len(differing)} images '
+                f'({files.first_few(differing)}): {len(names)} are predicted'
+            )
     paths = [found[name] for name in names]
     checked = tqdm(paths, 'checking headers', disable=None, leave=False)
     sizes = [images.check(file).size for file in checked]
@@ -50,33 +61,12 @@ def list_test_files(model) -> list[Path]:
     return paths
 
 
-def in_order_of_table(names: list[str]) -> list[str]:
-    """The names that TEST_CSV lists, in its order; all names if it lists none of them."""
-    if not files.is_table('TEST_CSV', 'sample_submission.csv'):
-        return names
-    table = files.read_table(config.path(config.TEST_CSV), ['img'], 'fix or remove it')
-    listed = dict.fromkeys(files.name_in_table(cell, 'TEST_PATH') for cell in table.img)
-    missing, unlisted = sorted(set(listed) - set(names)), sorted(set(names) - set(listed))
-    chosen = [name for name in listed if name in set(names)]
-    differences = []
-    if missing:
-        shown = files.first_few(missing)
-        differences.append(f'{len(missing)} of its images are not in TEST_PATH ({shown})')
-    if unlisted:
-        fate = 'not predicted' if chosen else 'predicted all the same'
-        shown = files.first_few(unlisted)
-        differences.append(f'{len(unlisted)} images are not in it and are {fate} ({shown})')
-    if differences:
-        runtime.print_once(f'{config.TEST_CSV}: {"; ".join(differences)}')
-    return chosen or names
-
-
 class ImageBatches(Dataset):
-    """Image files in batches of VAL_BATCH_SIZE, each image read once.
+    """Image files in batches of VAL_BATCH_SIZE; with SCALE, a batch is one image.
 
-    With SCALE, a batch is one image. Items are whole batches: {'image': uint8 (N, channels, H, W),
-    'img': paths, relative to TEST_PATH if inside it, 'shape': each image's own (height, width)};
-    if there are mask files, also 'mask': a list of uint8 (height, width).
+    Items are whole batches: {'image': uint8 (N, channels, H, W), 'img': paths, relative to TEST_PATH
+    if inside it, 'shape': each image's own (height, width)}; if there are mask files, also 'mask': a
+    list of uint8 (height, width).
     """
 
     def __init__(self, image_files, model, mask_files=()):
@@ -92,13 +82,9 @@ class ImageBatches(Dataset):
     def __getitem__(self, number: int) -> dict:
         rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
         image_files, (*crop_size, channels) = self.image_files[rows], self.input_size
-        pixels, shapes = [], []
-        for file in image_files:
-            with images.opened(file) as image:
-                images.check_pixels(file, image)
-                shapes.append(images.shown_size(image))
-                size = images.scaled(shapes[-1], crop_size, self.scale)
-                pixels.append(images.decode(image, channels, size))
+        shapes = [images.size_of(file) for file in image_files]
+        sizes = [images.scaled(shape, crop_size, self.scale) for shape in shapes]
+        pixels = [images.read_image(f, channels, size) for f, size in zip(image_files, sizes)]
         batch = {
             'image': torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2),  # channels-last
             'img': [files.relative(file, self.folder) for file in image_files],
@@ -124,7 +110,7 @@ class Predictor(pl.LightningModule):
     def __init__(self, models: list, thresholds: list[float], tta: bool = False):
         super().__init__()
         self.models, self.tta = torch.nn.ModuleList(models), tta
-        self.ignore_index = models[0].ignored if models else None
+        self.ignore_index = models[0].ignored
         self.register_buffer('thresholds', torch.tensor(thresholds), persistent=False)
 
     def probabilities(self, x: torch.Tensor) -> torch.Tensor:
@@ -140,7 +126,7 @@ class Predictor(pl.LightningModule):
         """Per image of a batch of ImageBatches: class indices, uint8 (height, width); if the batch
         has masks, counts instead."""
         if not batch:
-            return []  # see `share`
+            return []  # of a process that has no images, see `run`
         results, probabilities = [], self.probabilities(batch['image'])
         if not probabilities.isfinite().all():
             raise config.UserMistake(
@@ -149,7 +135,8 @@ class Predictor(pl.LightningModule):
             )
         for n, p in enumerate(probabilities):
             p, shape = p[None], batch['shape'][n]
-            p = p if p.shape[2:] == shape else F.interpolate(p, shape, mode='bilinear')
+            if p.shape[2:] != shape:
+                p = F.interpolate(p, shape, mode='bilinear')
             if 'mask' in batch:
                 results.append(self.count(p, batch['mask'][n]).cpu().numpy())
             else:
@@ -157,52 +144,13 @@ class Predictor(pl.LightningModule):
         return results
 
     def count(self, p: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """tp, fp, fn of one image, int64: (T, 3, 1) for T thresholds, or (1, 3, K) for K classes.
-
-        Args:
-            p: probabilities (1, K, height, width).
-            mask: uint8 (height, width).
-        """
+        """tp, fp, fn from probabilities (1, K, height, width) and a mask (height, width), int64:
+        (T, 3, 1) for T thresholds, or (1, 3, K) for K classes."""
         if p.shape[1] > 1:
             return metrics.count(metrics.decide(p), mask[None], p.shape[1], self.ignore_index)
         inside, outside = p[0, 0][mask == 1], p[0, 0][mask == 0]  # neither: ignored
         tp, fp = (torch.stack([(x > t).sum() for t in self.thresholds]) for x in (inside, outside))
         return torch.stack([tp, fp, len(inside) - tp], 1)[:, :, None]
-
-
-def share(batches: ImageBatches, trainer, done: int = 0) -> DataLoader:
-    """A loader for this process's share of the batches, without the first `done` of them.
-
-    Lightning needs a batch in every process, so an empty share gets one empty batch.
-    """
-    first, end = (len(batches) * (trainer.global_rank + i) // trainer.world_size for i in (0, 1))
-    this_rank = torch.utils.data.Subset(batches, range(min(first + done, end), end))
-    workers = min(config.NUM_WORKERS, len(this_rank))
-    return DataLoader(
-        this_rank if len(this_rank) else [{}],
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=trainer.strategy.root_device.type == 'cuda',
-        prefetch_factor=2 if workers else None,
-    )
-
-
-def trainer_with_bar() -> pl.Trainer:
-    """A Trainer that predicts, with a progress bar on a terminal."""
-    bars = callbacks.progress_bars()
-    return runtime.make_trainer(callbacks=bars, enable_progress_bar=bool(bars))
-
-
-def predict(predictor: Predictor, batches: ImageBatches) -> list[np.ndarray]:
-    """The results of Predictor.predict_step for all images, in order, on every process."""
-    trainer = trainer_with_bar()
-    with runtime.explain_errors(training=False):
-        results = trainer.predict(predictor, share(batches, trainer))
-    ranks = [[result for batch in results for result in batch]]
-    if trainer.world_size > 1:
-        this_rank, ranks = ranks[0], [None] * trainer.world_size
-        torch.distributed.all_gather_object(ranks, this_rank)
-    return [result for rank in ranks for result in rank]
 
 
 class SubmissionWriter(BasePredictionWriter):
@@ -213,76 +161,92 @@ class SubmissionWriter(BasePredictionWriter):
     Args:
         part: the part file.
         mask_folder: where to write <img>.png; None: nowhere.
-        scale: the mask files' value of class 1: 255 for one class.
     """
 
-    def __init__(self, part: Path, mask_folder: Path | None, scale: int):
+    def __init__(self, part: Path, mask_folder: Path | None):
         super().__init__('batch')
-        self.part, self.mask_folder, self.scale = part, mask_folder, scale
+        self.part, self.mask_folder = part, mask_folder
 
     def write_on_batch_end(self, trainer, module, results, indices, batch, number, loader) -> None:
-        text = io.StringIO()
-        rows = csv.writer(text, lineterminator='\n')
-        for name, mask in zip(batch.get('img', ()), results):
-            if self.mask_folder is not None:
-                png = cv2.imencode('.png', mask * np.uint8(self.scale))[1]
-                file = self.mask_folder / Path(name).with_suffix('.png')
-                with files.atomic_write(file) as temporary:
-                    temporary.write_bytes(png)
-            rows.writerow([name, masks.rle_encode(mask, config.RLE_ORDER)])
-        with self.part.open('a', encoding='utf-8', newline='') as file:
-            file.write(text.getvalue())
+        value = 255 if module.models[0].hparams.CLASSES == 1 else 1  # of class 1 in a mask file
+        with self.part.open('a', encoding='utf-8', newline='') as part:
+            rows = csv.writer(part, lineterminator='\n')
+            for name, mask in zip(batch.get('img', ()), results):
+                if self.mask_folder is not None:
+                    png = cv2.imencode('.png', mask * np.uint8(value))[1]
+                    file = self.mask_folder / Path(name).with_suffix('.png')
+                    with files.atomic_write(file) as temporary:
+                        temporary.write_bytes(png)
+                rows.writerow([name, masks.rle_encode(mask, config.RLE_ORDER)])
 
 
-def fingerprint(predictor: Predictor, batches: ImageBatches, save_masks: bool, ranks: int) -> str:
-    """A digest of all that a run's results depend on. It survives a copy to another machine."""
-    names = [files.relative(file, batches.folder) for file in batches.image_files]
-    sizes = [file.stat().st_size for file in batches.image_files]
-    settings = [config.TEST_PATH, names, sizes, batches.batch_size, save_masks, ranks]
-    settings += [predictor.thresholds.tolist(), predictor.tta, runtime.precision()[0]]
-    settings += [config.RLE_ORDER]
-    settings += [dict(model.hparams) for model in predictor.models]
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for tensor in predictor.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def trainer_with_bar() -> pl.Trainer:
+    """A Trainer that predicts, with a progress bar on a terminal."""
+    bars = callbacks.progress_bars()
+    return runtime.make_trainer(callbacks=bars, enable_progress_bar=bool(bars))
 
 
-def keep_whole_batches(part: Path, batch_size: int) -> int:
-    """Drop the rows of an unfinished batch from the end of a part file. Returns the batches left."""
-    lines = part.read_bytes().splitlines(keepends=True) if part.exists() else []
-    done = sum(line.endswith(b'\n') for line in lines) // batch_size
-    part.write_bytes(b''.join(lines[: done * batch_size]))
-    return done
+def run(trainer, predictor: Predictor, batches: ImageBatches, done: int = 0, keep: bool = True):
+    """Predict this process's share of the batches, without the first `done` of them.
 
-
-def write_submission(predictor: Predictor, batches: ImageBatches, mask_folder) -> bool:
-    """Predict all images and write OUTPUT/submission.csv. RESUME continues a killed run of the same
-    fingerprint.
-
-    Args:
-        mask_folder: see SubmissionWriter.
-
-    Returns: whether this is the process that wrote the file.
+    Returns: a list of the results of Predictor.predict_step; None unless `keep`.
     """
+    first, end = (len(batches) * (trainer.global_rank + i) // trainer.world_size for i in (0, 1))
+    rest = torch.utils.data.Subset(batches, range(min(first + done, end), end))
+    loader = DataLoader(
+        rest if len(rest) else [{}],  # Lightning needs a batch in every process
+        batch_size=None,
+        num_workers=min(config.NUM_WORKERS, len(rest)),
+        pin_memory=trainer.strategy.root_device.type == 'cuda',
+    )
+    with runtime.explain_errors(training=False):
+        return trainer.predict(predictor, loader, return_predictions=keep)
+
+
+def predict(predictor: Predictor, batches: ImageBatches) -> list[np.ndarray]:
+    """The results of Predictor.predict_step for all images, in order, on every process."""
+    trainer = trainer_with_bar()
+    ranks = [run(trainer, predictor, batches)]
+    if trainer.world_size > 1:
+        this_rank, ranks = ranks[0], [None] * trainer.world_size
+        torch.distributed.all_gather_object(ranks, this_rank)
+    return [result for rank in ranks for batch in rank for result in batch]
+
+
+def write_submission(predictor: Predictor, batches: ImageBatches, mask_folder: Path | None) -> None:
+    """Predict all images and write OUTPUT/submission.csv. RESUME continues a killed run of the same
+    fingerprint. mask_folder: see SubmissionWriter."""
     trainer = trainer_with_bar()
     key = fingerprint(predictor, batches, mask_folder is not None, trainer.world_size)
     target = config.path(config.OUTPUT) / 'submission.csv'
     target.parent.mkdir(parents=True, exist_ok=True)
     parts = [target.with_name(f'submission.{key}.part{r}') for r in range(trainer.world_size)]
-    part = parts[trainer.global_rank]
-    if not config.RESUME:
-        part.unlink(missing_ok=True)
-    done = keep_whole_batches(part, batches.batch_size)
-    scale = 255 if predictor.models[0].hparams.CLASSES == 1 else 1
-    trainer.callbacks.append(SubmissionWriter(part, mask_folder, scale))
-    with runtime.explain_errors(training=False):
-        trainer.predict(predictor, share(batches, trainer, done), return_predictions=False)
+    part, lines = parts[trainer.global_rank], []
+    if config.RESUME and part.exists():
+        lines = part.read_bytes().splitlines(keepends=True)
+    # The last batch may be unfinished: its rows are dropped.
+    done = sum(line.endswith(b'\n') for line in lines) // batches.batch_size
+    part.write_bytes(b''.join(lines[: done * batches.batch_size]))
+    trainer.callbacks.append(SubmissionWriter(part, mask_folder))
+    run(trainer, predictor, batches, done, keep=False)
     trainer.strategy.barrier()  # all parts are complete
     if trainer.is_global_zero:
-        with files.atomic_write(target) as temporary, temporary.open('wb') as file:
-            file.write(b'img,rle_mask\n')
-            file.writelines(part.read_bytes() for part in parts)
+        with files.atomic_write(target) as temporary:
+            temporary.write_bytes(b'img,rle_mask\n' + b''.join(p.read_bytes() for p in parts))
         for part in target.parent.glob('submission.*.part*'):
             part.unlink()
-    return trainer.is_global_zero
+
+
+def fingerprint(predictor: Predictor, batches: ImageBatches, save_masks: bool, ranks: int) -> str:
+    """A digest of all that a run's results depend on. It survives a copy to another machine."""
+    settings = [
+        [config.TEST_PATH, config.RLE_ORDER, batches.batch_size, save_masks, ranks],
+        [files.relative(file, batches.folder) for file in batches.image_files],
+        [file.stat().st_size for file in batches.image_files],
+        [predictor.thresholds.tolist(), predictor.tta, runtime.precision()[0]],
+        [dict(model.hparams) for model in predictor.models],
+    ]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for tensor in predictor.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -194,7 +194,7 @@ def test_a_wrong_type_written_into_the_form_is_refused(name, value):
 
 
 def test_every_constant_has_its_legal_values():
-    assert set(command_line.ANNOTATIONS) == set(config.constants())
+    assert set(command_line.TYPES) == set(config.constants())
     assert set(command_line.RULES) < set(config.constants())
 
 

@@ -698,7 +698,7 @@ def test_the_submission_has_the_order_of_run_lengths(own, monkeypatch):
     )
     texts = []
     for config.RLE_ORDER in ('rows', 'columns'):
-        Lightning_tester.predict_test({0: model}, 0.5, predictor.list_test_files(model))
+        Lightning_tester.predict_test([model], 0.5, predictor.list_test_files(model))
         texts.append(pd.read_csv(own.folder / 'out/submission.csv').rle_mask[0])
     assert texts[0] != texts[1]
     assert np.array_equal(masks.rle_decode(texts[0], (48, 64)), shown[0]) and shown[0].any()

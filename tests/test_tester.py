@@ -87,8 +87,7 @@ def test_sample_submission_gives_the_order(model, tmp_path, capsys):
     config.TEST_CSV = str(tmp_path / 'order.csv')
     assert list(submission(model)) == ['c.png', 'a.png']
     assert capsys.readouterr().out.splitlines()[0] == (
-        f'{tmp_path}/order.csv: 1 of its images are not in TEST_PATH (gone); '
-        '1 images are not in it and are not predicted (b)'
+        f'{tmp_path}/order.csv and TEST_PATH differ in 2 images (b, gone): 2 are predicted'
     )
 
 
@@ -170,25 +169,24 @@ def enter_models(folder, *names):
 
 
 @pytest.mark.parametrize(
-    ('name', 'value', 'shown'),
+    ('name', 'value'),
     [
-        ('CLASSES', 3, '3'),
-        ('CROP_SIZE', 64, r'\(64, 64\)'),
-        ('SCALE', 0.5, '0.5'),
-        ('IGNORE_INDEX', 255, '255'),
-        ('MASK_COLOURS', [[0, 0, 0], [255, 0, 0]], r'\[\[0, 0, 0\], \[255, 0, 0\]\]'),
+        ('CLASSES', 3),
+        ('CROP_SIZE', 64),
+        ('SCALE', 0.5),
+        ('IGNORE_INDEX', 255),
+        ('MASK_COLOURS', [[0, 0, 0], [255, 0, 0]]),
     ],
 )
 def test_models_whose_masks_mean_different_things_are_refused_with_both_names(
-    model, tmp_path, name, value, shown
+    model, tmp_path, name, value
 ):
     small = {'MODEL_NAME': 'smp_linknet_tu-test_resnet'}
     save_checkpoint(tmp_path / 'one.ckpt', **small)
     save_checkpoint(tmp_path / 'two.ckpt', **small, **{name: value})
     enter_models(tmp_path, 'one.ckpt', 'two.ckpt')
     with pytest.raises(
-        config.UserMistake,
-        match=rf'one.ckpt and .*two.ckpt differ in {name} \(.*, {shown}\): their',
+        config.UserMistake, match=f'one.ckpt and .*two.ckpt differ in {name}: their masks'
     ):
         Lightning_tester.load_models()
 
@@ -204,8 +202,7 @@ def test_other_differences_between_models_are_one_line(model, tmp_path, capsys):
     save_checkpoint(tmp_path / 'two.ckpt', **other)
     enter_models(tmp_path, 'one.ckpt', 'two.ckpt')
     assert set(Lightning_tester.load_models()) == {0, 1}
-    names = "MODEL_NAME ('smp_unet_resnet18', 'smp_fpn_resnet18'), PRECISION (16, 'bf16')"
-    told = f'the models differ in LR (0.001, 0.5), {names}: averaged all the same'
+    told = 'the models differ in LR, MODEL_NAME, PRECISION: averaged all the same'
     assert capsys.readouterr().out.splitlines()[-1] == told
 
 
@@ -219,8 +216,7 @@ def test_the_constants_in_a_checkpoint_count_and_a_line_says_so(model, tmp_path,
     (loaded,) = Lightning_tester.load_checkpoints([f'{tmp_path}/one.ckpt'])
     assert loaded.input_size == (32, 32, 3) and loaded.hparams.SCALE is None
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "the checkpoint's values count, not config.py's: MODEL_NAME='smp_unet_resnet18', not "
-        "'smp_fpn_resnet18'; CROP_SIZE=(32, 32), not (64, 32); SCALE=None, not 0.5"
+        "the checkpoint's values count, not config.py's: CROP_SIZE, MODEL_NAME, SCALE"
     ]
 
 
@@ -332,10 +328,7 @@ def test_ones_own_images_are_predicted_beside_another_list(model, tmp_path, caps
     (tmp_path / 'sample_submission.csv').write_text('img,rle_mask\nother.png,1 1\n')
     assert set(submission(model)) == {'mine.png'}
     told = capsys.readouterr().out.splitlines()[0]
-    assert told.endswith(
-        'csv: 1 of its images are not in TEST_PATH (other); '
-        '1 images are not in it and are predicted all the same (mine)'
-    )
+    assert told.endswith('csv and TEST_PATH differ in 2 images (mine, other): 1 are predicted')
 
 
 def killed_before_the_end(*models):
