@@ -206,7 +206,7 @@ def start_from(model: CarvanaModel, fold: int) -> None:
 def make_trainer(folder: Path, log: callbacks.EpochLog) -> pl.Trainer:
     """The Trainer of a fold, which logs to a version folder."""
     torch.set_float32_matmul_precision('high')  # TF32 on the GPUs that have it
-    bars, stop = callbacks.progress_bars(), []
+    bars, stop = runtime.progress_bars(), []
     if config.PATIENCE is not None:
         stop.append(EarlyStopping('val_dice', mode='max', patience=config.PATIENCE))
     checkpoints = callbacks.Checkpoints(folder / 'checkpoints')

@@ -1,9 +1,8 @@
-"""Callbacks for epoch lines, progress bar, pictures and checkpoints; finding a run to resume."""
+"""Callbacks for epoch lines, pictures and checkpoints; finding a run to resume."""
 
 import io
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from pytorch_lightning.callbacks import Callback, Checkpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -20,22 +19,6 @@ import files
 import folds
 import plots
 import runtime
-
-
-class ProgressBar(TQDMProgressBar):
-    """Counts epochs from 1, and leaves the scores to EpochLog."""
-
-    def on_train_epoch_start(self, trainer, *rest) -> None:
-        super().on_train_epoch_start(trainer, *rest)
-        self.train_progress_bar.set_description(f'epoch {trainer.current_epoch + 1}')
-
-    def get_metrics(self, trainer, module) -> dict:
-        return {}
-
-
-def progress_bars() -> list[Callback]:
-    """A progress bar, if standard output is a terminal."""
-    return [ProgressBar(leave=False)] if sys.stdout.isatty() else []
 
 
 class EpochLog(Callback):

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import callbacks
 import config
 import files
 import images
@@ -182,7 +181,7 @@ class SubmissionWriter(BasePredictionWriter):
 
 def trainer_with_bar() -> pl.Trainer:
     """A Trainer that predicts, with a progress bar on a terminal."""
-    bars = callbacks.progress_bars()
+    bars = runtime.progress_bars()
     return runtime.make_trainer(callbacks=bars, enable_progress_bar=bool(bars))
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.warnings import PossibleUserWarning
+from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.plugins.environments import (
     LightningEnvironment,
     SLURMEnvironment,
@@ -93,6 +94,22 @@ def make_trainer(**arguments) -> pl.Trainer:
         raise config.UserMistake(
             f'{shown}: {config.shorten(error, 300)}: set what is there'
         ) from None
+
+
+class ProgressBar(TQDMProgressBar):
+    """Counts epochs from 1, and leaves the scores to EpochLog."""
+
+    def on_train_epoch_start(self, trainer, *rest) -> None:
+        super().on_train_epoch_start(trainer, *rest)
+        self.train_progress_bar.set_description(f'epoch {trainer.current_epoch + 1}')
+
+    def get_metrics(self, trainer, module) -> dict:
+        return {}
+
+
+def progress_bars() -> list[TQDMProgressBar]:
+    """A progress bar, if standard output is a terminal."""
+    return [ProgressBar(leave=False)] if sys.stdout.isatty() else []
 
 
 def device_name(trainer) -> str:

@@ -3,13 +3,13 @@
 import gc
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from conftest import Tiny, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import callbacks
 import command_line
 import config
 import decoders
@@ -50,7 +50,7 @@ def counted(carvana, monkeypatch):
     monkeypatch.setattr(runtime, 'EMULATE_FLOAT16', True)
     waits = []
 
-    class Counter(callbacks.Callback):
+    class Counter(pl.Callback):
         def on_train_batch_start(self, trainer, *rest):
             self.operators = Operators()
             self.operators.__enter__()
@@ -60,8 +60,8 @@ def counted(carvana, monkeypatch):
             waits.append([name for name in self.operators.names() if name in WAITS])
             assert len(self.operators.called) > 20  # the step itself was seen
 
-    bars = callbacks.progress_bars
-    monkeypatch.setattr(callbacks, 'progress_bars', lambda: [*bars(), Counter()])
+    bars = runtime.progress_bars
+    monkeypatch.setattr(runtime, 'progress_bars', lambda: [*bars(), Counter()])
 
     def train(*words):
         command_line.override([*settings(carvana), 'MODEL_NAME=tiny', 'TRAIN_BATCH_SIZE=2', *words])

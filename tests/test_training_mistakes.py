@@ -248,7 +248,7 @@ def test_what_other_packages_say_is_told_in_one_line():
 
 def test_the_line_of_an_epoch_goes_above_the_bar(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
-    (bar,) = callbacks.progress_bars()
+    (bar,) = runtime.progress_bars()
     bar.print = lambda line: print(f'above {line}')
     trainer = SimpleNamespace(
         callback_metrics={'val_dice': torch.tensor(0.5)}, progress_bar_callback=bar,
