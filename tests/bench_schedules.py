@@ -2,7 +2,7 @@
 
     python tests/bench_schedules.py                                     on the cars of demo.py
     python tests/bench_schedules.py TRAIN_PATH=... MASK_PATH=... ...    on other images
-    SEEDS=1 CARS=3 python tests/bench_schedules.py EPOCHS=1             a short trial
+    SEEDS=1 CARS=3 OPTIMIZERS=Adam python tests/bench_schedules.py EPOCHS=1     a short trial
 
 Every run trains fold 0 with the demo's settings and the given constants, on the same split. Columns:
 the val_dice of the last epoch and of the best one, mean and standard deviation over the seeds; the
@@ -30,7 +30,7 @@ import Lightning_trainer
 SEEDS = range(1, 1 + int(os.environ.get('SEEDS', 3)))
 CARS = int(os.environ.get('CARS', demo.CARS))
 SCHEDULES = (None, 'poly', 'cosine')
-OPTIMIZERS = ('Adam', 'AdamW')
+OPTIMIZERS = os.environ.get('OPTIMIZERS', 'Adam,AdamW').split(',')
 
 
 def main() -> None:

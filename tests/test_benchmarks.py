@@ -1,11 +1,16 @@
 """Every benchmark runs, at its smallest size, and prints its rows. What they measure is not checked."""
 
 import importlib
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
+import bench_gpu
 import pytest
+import torch
+from conftest import environment
 
 import config
 import demo
@@ -37,6 +42,10 @@ BENCHMARKS = {
             r'run lengths of a mask [\d.]+ ms, its JPEG [\d.]+ ms',
         ],
     ),
+    'bench_schedules': (
+        ['EPOCHS=1', 'MODEL_NAME=smp_linknet_tu-test_resnet', 'CROP_SIZE=32', 'NUM_WORKERS=0'],
+        [rf'\| Adam \| {name} \| 0\.\d+ \+- ' for name in ('None', 'poly', 'cosine')],
+    ),
     'bench_training': (
         ['--steps', '1', '--crop', '32', *SMALL],
         [
@@ -50,7 +59,6 @@ BENCHMARKS = {
         ],
     ),
 }
-ELSEWHERE = {'bench_schedules'}
 
 
 @pytest.mark.parametrize('script', BENCHMARKS)
@@ -59,6 +67,8 @@ def test_a_benchmark_prints_its_rows(script, tmp_path, monkeypatch, capsys):
     config.INPUT, config.OUTPUT = f'{tmp_path}/input', f'{tmp_path}/output'
     if script == 'bench_losses':
         demo.make_dataset(tmp_path / 'input/demo', cars=1, test_cars=0, size=(96, 64))
+    for name, value in {'SEEDS': '1', 'CARS': '3', 'OPTIMIZERS': 'Adam'}.items():
+        monkeypatch.setenv(name, value)  # of bench_schedules
     monkeypatch.setattr(sys, 'argv', [f'{script}.py', *arguments])
     importlib.import_module(script).main()
     told = capsys.readouterr().out
@@ -68,4 +78,35 @@ def test_a_benchmark_prints_its_rows(script, tmp_path, monkeypatch, capsys):
 
 def test_no_benchmark_is_left_out():
     scripts = {file.stem for file in Path(__file__).parent.glob('bench_*.py')}
-    assert set(BENCHMARKS) == scripts - ELSEWHERE
+    assert set(BENCHMARKS) == scripts - {'bench_gpu'}
+
+
+def test_the_script_for_a_gpu_runs_its_parts(tmp_path):
+    sizes = {'SIZE': '128', 'BATCH': '2', 'STEPS': '2', 'CARS': '3', 'COPIES': '1', 'DRAW': '96x64'}
+    settings = {'ANY_DEVICE': '1', 'MODEL': 'smp_linknet_tu-test_resnet', 'N_FOLDS': '3', **sizes}
+    environ = {**environment(), **settings, 'PARTS': '32', 'PYTHON': sys.executable}
+    script = Path(__file__).with_name('bench_gpu.sh')
+    done = subprocess.run(
+        ['bash', script, tmp_path / 'gpu.txt'], env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / 'gpu.txt').read_text()
+    assert re.findall(r'--- (.*): status \[0\]', text) == ['draw', 'folds', '32']
+    (row,) = map(json.loads, (tmp_path / 'gpu.txt.rows').read_text().splitlines())
+    assert row['label'] == '32' and row['images_per_second'] > 0
+
+
+def test_a_part_that_needs_more_time_than_is_left_is_left_out(tmp_path, capsys):
+    log = bench_gpu.Log(tmp_path / 'gpu.txt')
+    bench_gpu.run_part(log, '16', bench_gpu.LIMIT + 1, ['-c', 'print("it ran")'])
+    bench_gpu.run_part(log, 'folds', 0, ['-c', 'print("it ran")'])
+    told = (tmp_path / 'gpu.txt').read_text()
+    assert told == capsys.readouterr().out
+    assert told.startswith('--- 16: left out') and told.count('it ran') == 1
+    assert '--- folds: status [0]' in told
+
+
+def test_a_machine_without_a_gpu_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(SystemExit, match='no GPU here that torch can use'):
+        bench_gpu.main(tmp_path / 'gpu.txt')
