@@ -47,7 +47,7 @@ FROM_CHECKPOINT = MASK_MEANING | {'MODEL_NAME', 'MODEL_MEAN', 'MODEL_STD'}  # no
 
 
 def main() -> None:
-    runtime.cluster_plugins()  # sets the rank
+    runtime.set_rank()
     runtime.hide_warnings()
     if config.PATH is None:
         fold_models = load_models()

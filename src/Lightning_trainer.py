@@ -50,7 +50,7 @@ from Lightning_module import CarvanaModel
 
 
 def main() -> None:
-    runtime.cluster_plugins()  # sets the rank
+    runtime.set_rank()
     folds.check_up_to_date()
     for folder in (config.OUTPUT, config.LOGS_PATH):
         files.check_writable(config.path(folder))

@@ -56,18 +56,20 @@ def launched_by_srun() -> bool:
     It also starts independent trainings, one for each task: then DEVICES and NUM_NODES are 1. A shell
     of salloc has SLURM's variables too, but no SLURM_STEP_ID.
     """
-    return 'SLURM_STEP_ID' in os.environ and (config.DEVICES, config.NUM_NODES) != (1, 1)
+    several = (config.DEVICES, config.NUM_NODES) != (1, 1)
+    return 'SLURM_STEP_ID' in os.environ and several and not TorchElasticEnvironment.detect()
 
 
-def cluster_plugins() -> list:
-    """What Lightning must be told where SLURM's variables are set, also to set the rank."""
-    if TorchElasticEnvironment.detect() or 'SLURM_NTASKS' not in os.environ:
-        return []
-    if launched_by_srun():
-        # Lightning's requeue would resume from a checkpoint that we have not checked.
-        return [SLURMEnvironment(auto_requeue=False)]
-    rank_zero_only.rank = 0  # Lightning took SLURM_PROCID for it
-    return [LightningEnvironment()]
+def is_one_task() -> bool:
+    """Whether SLURM's variables are set, but the training has only this process."""
+    launched = TorchElasticEnvironment.detect() or launched_by_srun()
+    return 'SLURM_NTASKS' in os.environ and not launched
+
+
+def set_rank() -> None:
+    """Lightning takes SLURM_PROCID for the rank. In a training of one process it is 0."""
+    if is_one_task():
+        rank_zero_only.rank = 0
 
 
 def make_trainer(**arguments) -> pl.Trainer:
@@ -82,12 +84,17 @@ def make_trainer(**arguments) -> pl.Trainer:
     for name in ('logger', 'enable_checkpointing', 'enable_progress_bar', 'enable_model_summary'):
         settings[name] = False
     settings |= {'precision': precision()[0], 'use_distributed_sampler': False}  # we use our own
-    plugins = [*arguments.pop('plugins', []), *cluster_plugins()]
+    plugins = arguments.pop('plugins', [])
+    if is_one_task():
+        plugins.append(LightningEnvironment())
     if settings['precision'] == '16-mixed' and not on_cuda():
         # On a CPU, Lightning reads '16-mixed' as bfloat16, but not from a plugin.
         plugins.append(MixedPrecision('16-mixed', 'cpu', torch.amp.GradScaler('cpu')))
         settings['precision'] = None
     try:
+        if launched_by_srun():
+            # Lightning's requeue would resume from a checkpoint that we have not checked.
+            plugins.append(SLURMEnvironment(auto_requeue=False))
         return pl.Trainer(**{**settings, 'plugins': plugins, **arguments})
     except (MisconfigurationException, ValueError, RuntimeError, ModuleNotFoundError) as error:
         shown = ', '.join(f'{name}={getattr(config, name)!r}' for name in names)

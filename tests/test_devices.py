@@ -104,6 +104,15 @@ def test_several_folds_in_one_launch_are_refused(uneven, monkeypatch, variables)
         Lightning_trainer.main()
 
 
+def test_what_lightning_does_not_take_of_srun_is_one_line(uneven, tmp_path):
+    """--ntasks without --ntasks-per-node, for one training on two devices."""
+    _, words = uneven
+    words = [*words, f'LOGS_PATH={tmp_path}/logs', 'DEVICES=2']
+    result = run_script('Lightning_trainer.py', *words, variables=SRUN)
+    assert result.returncode == 1 and result.stderr.count('\n') == 1, result.stderr
+    assert 'DEVICES=2' in result.stderr and '--ntasks-per-node=2' in result.stderr
+
+
 def test_each_task_of_srun_trains_its_own_fold(uneven, tmp_path):
     """srun --ntasks=2, one fold a task; and a shell of salloc, which starts no step."""
     folder, words = uneven
