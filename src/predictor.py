@@ -24,7 +24,6 @@ import callbacks
 import config
 import files
 import images
-import masks
 import metrics
 import runtime
 
@@ -94,18 +93,16 @@ class ImageBatches(Dataset):
         image_files, (*crop_size, channels) = self.image_files[rows], self.input_size
         pixels, shapes = [], []
         for file in image_files:
-            with images.opened(file) as image:
-                images.check_pixels(file, image)
-                shapes.append(images.shown_size(image))
-                size = images.scaled(shapes[-1], crop_size, self.scale)
-                pixels.append(images.decode(image, channels, size))
+            shapes.append(images.size_of(file))
+            size = images.scaled(shapes[-1], crop_size, self.scale)
+            pixels.append(images.read_image(file, channels, size))
         batch = {
             'image': torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2),  # channels-last
             'img': [files.relative(file, self.folder) for file in image_files],
             'shape': shapes,
         }
         for file, shape in zip(self.mask_files[rows], shapes):
-            mask = torch.from_numpy(masks.read_mask(file, *self.mask_rule))
+            mask = torch.from_numpy(images.read_mask(file, *self.mask_rule))
             if mask.shape != shape:
                 raise config.UserMistake(f'{file}: mask and image differ in size: run folds.py')
             batch.setdefault('mask', []).append(mask)
@@ -229,7 +226,7 @@ class SubmissionWriter(BasePredictionWriter):
                 file = self.mask_folder / Path(name).with_suffix('.png')
                 with files.atomic_write(file) as temporary:
                     temporary.write_bytes(png)
-            rows.writerow([name, masks.rle_encode(mask, config.RLE_ORDER)])
+            rows.writerow([name, images.rle_encode(mask, config.RLE_ORDER)])
         with self.part.open('a', encoding='utf-8', newline='') as file:
             file.write(text.getvalue())
 
