@@ -57,10 +57,8 @@ AUGMENTATIONS = {
 def build_augmentation(name: str, channels: int) -> list:
     """New transforms of AUGMENTATIONS[name]; those of colour need 3 channels."""
     if name not in AUGMENTATIONS:
-        raise config.UserMistake(
-            f'AUGMENTATION={name!r}: {config.did_you_mean(name, AUGMENTATIONS)}valid: '
-            f'{", ".join(AUGMENTATIONS)}'
-        )
+        hint, valid = config.did_you_mean(name, AUGMENTATIONS), ', '.join(AUGMENTATIONS)
+        raise config.UserMistake(f'AUGMENTATION={name!r}: {hint}valid: {valid}')
     transforms = copy.deepcopy(AUGMENTATIONS[name])  # each dataset seeds its own
     return [t for t in transforms if channels == 3 or not isinstance(t, A.HueSaturationValue)]
 
@@ -155,10 +153,10 @@ class CarvanaDataset(Dataset):
         if config.SCALE is not None:
             own_sizes = [images.size_of(image_file) for image_file, _ in self.files]
             self.sizes = [images.scaled(size, crop_size, config.SCALE) for size in own_sizes]
-        if config.SCALE is not None and train:
-            tiles = [max(1, h // height * (w // width)) for h, w in self.sizes]
-            ignored = images.ignored_value(config.IGNORE_INDEX)
-            transforms = [*build_crop(height, width, ignored), *transforms]
+            if train:
+                tiles = [max(1, h // height * (w // width)) for h, w in self.sizes]
+                ignored = images.ignored_value(config.IGNORE_INDEX)
+                transforms = [*build_crop(height, width, ignored), *transforms]
         self.crops = [(row, n) for row, count in enumerate(tiles) for n in range(count)]
         self.augment = A.Compose(transforms) if train else None
 

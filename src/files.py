@@ -25,10 +25,7 @@ NAMING = {
 HIDDEN = ('.', '@', '__MACOSX')  # files and folders that systems add, such as ._a.png and @eaDir
 # Line ends, and half characters, which stand for bytes that are not UTF-8.
 CONTROL_CHARACTERS = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
-TABLE_HELP = (
-    'one row for each image, in columns img and rle_mask; three lines of pandas in README.md, '
-    '"Your own images", make one from other tables'
-)
+TABLE_HELP = 'make a table with one row per image, as README.md shows in "Your own images"'
 MODEL_COLUMNS = ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']  # of models.csv
 
 
@@ -50,11 +47,7 @@ def atomic_write(file: Path, ending: str = '.tmp'):
 
 
 def file_lock(file: Path, busy: str = ''):
-    """A lock file for a with statement. Only one process on this disk can hold it.
-
-    Args:
-        busy: the message of the config.UserMistake if another process holds it; '': wait.
-    """
+    """A lock for a with statement. If another process holds it, wait, or refuse with `busy`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         return FileLock(file).acquire(timeout=0 if busy else -1)
@@ -83,10 +76,9 @@ def read_table(file: Path, columns: list[str], remedy: str) -> pd.DataFrame:
     except (ValueError, OSError) as error:
         reason = config.shorten(error)
         raise config.UserMistake(f'{file}: not a readable table ({reason}): {remedy}') from None
-    for column in columns:
-        if column not in table:
-            there = ', '.join(table.columns)
-            raise config.UserMistake(f'{file}: no column {column}, only {there}: {remedy}')
+    missing, there = set(columns) - set(table), ', '.join(table)
+    if missing:
+        raise config.UserMistake(f'{file}: no column {min(missing)}, only {there}: {remedy}')
     return table
 
 
@@ -96,8 +88,7 @@ def models_file() -> Path:
 
 def read_models(file: Path | None = None) -> pd.DataFrame:
     """A models.csv, by default that of OUTPUT: one row per trained fold."""
-    file = file or models_file()
-    table = read_table(file, MODEL_COLUMNS, 'run Lightning_trainer.py')
+    table = read_table(file or models_file(), MODEL_COLUMNS, 'run Lightning_trainer.py')
     return table.astype({'fold': int, 'val_dice': float, 'val_iou': float})
 
 
@@ -181,8 +172,8 @@ def list_files(constant: str, required: bool = True) -> dict[str, Path]:
     If a file could be an image or a mask, the longer prefix and suffix decide: x_mask.png is the
     mask of x.png. If masks have their own folder, this applies only if x.png is there too.
 
-    Raises config.UserMistake for two files of one name, a file that may be both, control characters
-    in a name, or (if `required`) no file.
+    Raises config.UserMistake for a name that is not unique, plain or clear, and if `required` for no
+    file.
     """
     folder = config.path(getattr(config, constant))
     other = 'TRAIN_PATH' if constant == 'MASK_PATH' else 'MASK_PATH'
@@ -194,19 +185,18 @@ def list_files(constant: str, required: bool = True) -> dict[str, Path]:
         other_name, other_length = fit(file, other)
         if name is None or (other_length > length and (shared or other_name in names)):
             continue
+        shown = repr(str(folder / file))
         if shared and other_length == length:
             raise config.UserMistake(
-                f'{folder}: {file!r} may be an image or a mask: set another IMAGE_SUFFIX, MASK_SUFFIX '
-                'or MASK_PATH; if each object has its own mask, merge the masks of an image'
+                f'{shown} may be an image or a mask: set another MASK_SUFFIX or MASK_PATH, and merge '
+                'the masks of an image into one file'
             )
         if name in found:
             raise config.UserMistake(
-                f'{folder}: {file!r} and {found[name].name} have the same name: rename or remove one'
+                f'{shown} and {found[name].name} have the same name: rename one'
             )
         if CONTROL_CHARACTERS.search(file):
-            raise config.UserMistake(
-                f'{folder}: {file!r} has control characters or is not UTF-8: rename it'
-            )
+            raise config.UserMistake(f'{shown} has control characters or is not UTF-8: rename it')
         found[name] = folder / file
     if required and not found:
         raise nothing_found(constant)
@@ -218,10 +208,8 @@ def nothing_found(constant: str) -> config.UserMistake:
     folder, suffix = config.path(getattr(config, constant)), NAMING[constant][1]
     if not folder.is_dir():
         return config.UserMistake(f'{folder}: no such folder: set {constant} or INPUT')
-    return config.UserMistake(
-        f'{folder}: no file of {suffix}={getattr(config, suffix)!r}, found '
-        f'{count_endings(walk(folder))}: set {constant}, or the prefix and suffix of image files'
-    )
+    there, expected = count_endings(walk(folder)), f'{suffix}={getattr(config, suffix)!r}'
+    return config.UserMistake(f'{folder}: no image file of {expected}, found {there}: set {suffix}')
 
 
 def count_endings(names) -> str:
@@ -261,16 +249,13 @@ def train_table() -> pd.DataFrame:
 
 
 def pairs_of(names) -> list[tuple[Path, Path | Runs]]:
-    """The image file and the mask (see images.read_mask) of each training image.
-
-    Raises config.UserMistake, with what to do, if one is missing.
-    """
+    """The image file and the mask (see images.read_mask) of each training image."""
     image_files, mask_files = list_files('TRAIN_PATH'), list_files('MASK_PATH', required=False)
     missing = [name for name in names if name not in image_files]
     if missing:
+        problem = f'{len(missing)} images are not in TRAIN_PATH: {first_few(missing)}'
         raise config.UserMistake(
-            f'{len(missing)} images are not in TRAIN_PATH: {first_few(missing)}: run folds.py; in '
-            'TRAIN_CSV, names are relative to TRAIN_PATH'
+            f'{problem}: correct TRAIN_CSV (relative to TRAIN_PATH), run folds.py'
         )
     missing = [name for name in names if name not in mask_files]
     texts = {}  # run lengths; '' = no object
@@ -289,10 +274,8 @@ def pairs_of(names) -> list[tuple[Path, Path | Runs]]:
     if missing:
         problem = f'{len(missing)} images have no mask in MASK_PATH: {first_few(missing)}'
         if len(missing) == len(names):
-            raise config.UserMistake(
-                f'{problem}: a mask has the name {next(iter(mask_files))}: correct IMAGE_PREFIX, '
-                'IMAGE_SUFFIX, MASK_PREFIX or MASK_SUFFIX, so that the names are the same'
-            )
+            problem += f'; a mask has the name {next(iter(mask_files))}'
+            raise config.UserMistake(f'{problem}: set prefixes and suffixes that give equal names')
         raise config.UserMistake(
             f'{problem}: list the other images in a TRAIN_CSV; or set EMPTY_IF_NO_MASK=True if these '
             'images really hold no object'
@@ -310,17 +293,12 @@ def refuse_numbered_masks(image_files: dict) -> None:
 
 
 def read_folds(folds: list[int] | None = None) -> pd.DataFrame:
-    """The table img,kfold,group of TRAIN_FOLDS, or its rows of some folds.
-
-    Raises config.UserMistake if a group is in two folds, or a fold is empty.
-    """
+    """The table img,kfold,group of TRAIN_FOLDS, or its rows of some folds, none of them empty."""
     file = config.path(config.TRAIN_FOLDS)
     table = read_table(file, ['img', 'kfold', 'group'], 'run folds.py')
     split = table.groupby('group').kfold.nunique() > 1
     if split.any():
-        raise config.UserMistake(
-            f'{file}: group {split.idxmax()} is in 2 folds: run folds.py again'
-        )
+        raise config.UserMistake(f'{file}: group {split.idxmax()} is in 2 folds: run folds.py')
     table['kfold'] = table.kfold.astype(int)
     empty = sorted(set(folds or []) - set(table.kfold))
     if empty:

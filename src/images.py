@@ -42,7 +42,7 @@ class Header(NamedTuple):
 def unreadable(file, error) -> config.UserMistake:
     """The mistake to raise for a file that cannot be decoded."""
     if os.path.islink(file) and not os.path.exists(file):
-        return config.UserMistake(f'{file}: a broken link to {os.readlink(file)}')
+        return config.UserMistake(f'{file}: a broken link to {os.readlink(file)}: remove it')
     if isinstance(error, OSError) and error.errno is not None:
         return config.UserMistake(f'{file}: {error.strerror}')
     with open(file, 'rb') as raw:
@@ -83,9 +83,7 @@ def check_pages(file, image: Image.Image) -> None:
             pages.append(number)
     image.seek(0)
     if pages != [0]:
-        raise config.UserMistake(
-            f'{file}: a TIFF of {len(pages)} pages: save each page as its own file'
-        )
+        raise config.UserMistake(f'{file}: a TIFF of {len(pages)} pages: save each as its own file')
 
 
 def bits(image: Image.Image) -> int:
@@ -136,9 +134,8 @@ def check_image_kind(file, image: Image.Image) -> None:
     """Raise config.UserMistake for pixels other than colours or grey with 8 bits per channel."""
     depth = bits(image)
     if image.mode not in IMAGE_MODES or depth > 8:
-        raise config.UserMistake(
-            f'{file}: {image.mode} of {depth} bits per channel: convert it to 8-bit RGB or grey'
-        )
+        kind = f'{image.mode} of {depth} bits per channel'
+        raise config.UserMistake(f'{file}: {kind}: convert it to 8-bit RGB or grey')
 
 
 def check_mask_kind(file, image: Image.Image) -> None:
@@ -161,29 +158,21 @@ def check_mask_kind(file, image: Image.Image) -> None:
 
 
 def check(file, check_kind=check_image_kind) -> Header:
-    """The Header of a file that is neither truncated, damaged nor animated.
-
-    Args:
-        check_kind: check_image_kind or check_mask_kind.
-    """
+    """The Header of a file. Refuse it if it is truncated, damaged, animated, or by `check_kind`."""
     with opened(file) as image:
         check_kind(file, image)
         if image.format not in ('MPO', 'TIFF') and getattr(image, 'is_animated', False):
             raise config.UserMistake(f'{file}: it is animated: save one frame of it')
         header = Header(shown_size(image), orientation(image), image.format, palette(image))
+        with Path(file).open('rb') as raw:
+            raw.seek(-2, os.SEEK_END)
+            complete = raw.read().endswith(LAST_BYTES.get(image.format, ()))
         if image.format == 'PNG':
             with Image.open(file) as unread:
                 unread.verify()  # checksums: decoding does not notice zeros in place of data
-        elif not has_an_end(file, image.format):
-            image.load()  # finds out whether it is truncated
+        elif not complete:  # truncated, or of a format without a fixed end
+            image.load()
         return header
-
-
-def has_an_end(file, image_format: str) -> bool:
-    """Whether a JPEG or GIF ends as a complete file does; False for other formats."""
-    with Path(file).open('rb') as raw:
-        raw.seek(-2, os.SEEK_END)
-        return image_format in LAST_BYTES and raw.read().endswith(LAST_BYTES[image_format])
 
 
 def print_large(sizes: list[tuple], crop_size: tuple[int, int], scale: float | None) -> None:
@@ -191,10 +180,8 @@ def print_large(sizes: list[tuple], crop_size: tuple[int, int], scale: float | N
     height, width = crop_size
     large = sum(size[0] > 4 * height or size[1] > 4 * width for size in sizes)
     if large and scale is None:
-        print(
-            f'{large} images are more than four times as high or wide as CROP_SIZE={config.CROP_SIZE}: '
-            'training with SCALE=1.0 keeps small objects'
-        )
+        size = f'more than four times as high or wide as CROP_SIZE={config.CROP_SIZE}'
+        print(f'{large} images are {size}: training with SCALE=1.0 keeps small objects')
 
 
 # ------------------------------------------------------------ images
@@ -270,19 +257,16 @@ def ignored_value(ignore_index: int | None) -> int | None:
 def read_mask(
     file: Path | files.Runs, classes=1, ignore_index=None, colours=None, size=None
 ) -> np.ndarray:
-    """Decode a mask, with its EXIF rotation applied, into class indices.
+    """Decode a mask, with its EXIF rotation applied, into class indices, uint8 (height, width).
 
     With one or two classes, 0 is background, and 1 or 255 (65535 in 16 bits) is the object. With more
-    classes, grey values or palette indices are class indices from 0 to classes - 1.
+    classes, grey values or palette indices are class indices from 0 to classes - 1. Anything else
+    raises config.UserMistake: see README.md.
 
     Args:
         ignore_index: becomes `ignored_value`, and so do colours that are not in `colours`.
         colours: (r, g, b) of each class, or of background and object; read in place of the values.
         size: (height, width) to resize to, by the nearest pixel; None: the mask's own size.
-
-    Returns: uint8 (height, width).
-
-    Raises config.UserMistake, naming the file, for anything else: see README.md.
     """
     if isinstance(file, files.Runs):
         return resize_mask(decode_runs(file, classes), size)
@@ -330,10 +314,8 @@ def read_mask(
 def stored_values(file, pixels: np.ndarray, palette_colours: list, classes: int) -> np.ndarray:
     """The values (height, width) of a mask that is not read by its colours."""
     if classes <= 2 and palette_colours and palette_colours[0] != (0, 0, 0):
-        raise config.UserMistake(
-            f'{file}: index 0 of its palette is {palette_colours[0]}, not black: set '
-            f'MASK_COLOURS=[background, object], two of {files.first_few(palette_colours, 3)}'
-        )
+        problem = f'index 0 of its palette is {palette_colours[0]}, not black'
+        raise config.UserMistake(f'{file}: {problem}: set MASK_COLOURS=[background, object]')
     if pixels.ndim == 2:
         return pixels
     red, green, blue = cv2.split(pixels)
@@ -354,10 +336,8 @@ def values_of_colours(file, pixels: np.ndarray, colours, ignore_index) -> np.nda
     if ignore_index is not None:
         values[unlisted] = ignore_index
     elif unlisted.any():
-        raise config.UserMistake(
-            f'{file}: colours that MASK_COLOURS does not list: {different_colours(pixels[unlisted])}: '
-            'add them, or ignore them with IGNORE_INDEX'
-        )
+        problem = f'MASK_COLOURS does not list {different_colours(pixels[unlisted])}'
+        raise config.UserMistake(f'{file}: {problem}: add them, or ignore them with IGNORE_INDEX')
     return values
 
 
@@ -372,10 +352,9 @@ def lossy_values(file, pixels: np.ndarray, classes: int, colours) -> np.ndarray:
     values, coloured = pixels[..., 0], np.ptp(pixels, 2).max() > 96
     between, largest = ((values >= 64) & (values < 192)).mean(), values.max()
     if classes > 2 or colours or coloured or between > 0.02 or 1 < largest < 192:
-        raise config.UserMistake(
-            f'{file}: JPEG blurs values: a JPEG mask needs CLASSES=1, MASK_COLOURS=None and greys near '
-            f'0 or 255 (here {between:.0%} lie from 64 to 191, the largest is {largest}): save PNG masks'
-        )
+        problem = f'JPEG blurs values ({between:.0%} lie from 64 to 191, the largest is {largest})'
+        needs = 'a JPEG mask needs CLASSES=1, MASK_COLOURS=None, and black and white'
+        raise config.UserMistake(f'{file}: {problem}: {needs}: save it as PNG')
     return (values >= 128).view(np.uint8)
 
 
@@ -400,9 +379,7 @@ def decode_runs(runs: files.Runs, classes: int) -> np.ndarray:
     """The mask, uint8 (height, width) of 0 and 1, of run lengths from TRAIN_CSV."""
     text = '' if runs.text.strip() == '-1' else runs.text  # some tables' empty mask
     if text and classes > 2:
-        raise config.UserMistake(
-            f'rle_mask in TRAIN_CSV has one class, but CLASSES={classes}: make mask files'
-        )
+        raise config.UserMistake(f'rle_mask has one class, but CLASSES={classes}: make mask files')
     size = size_of(runs.image)
     try:
         return rle_decode(text, size, runs.order)
@@ -413,11 +390,8 @@ def decode_runs(runs: files.Runs, classes: int) -> np.ndarray:
 def rle_encode(mask: np.ndarray, order: str = 'rows') -> str:
     """Kaggle's run-length encoding of a mask (height, width), nonzero = foreground.
 
-    'start length' pairs; '' for an empty mask. Pixels are counted from 1.
-
-    Args:
-        order: 'rows' counts along the rows, and a run continues into the next row; 'columns' counts
-            down the columns.
+    'start length' pairs; '' for an empty mask. Pixels are counted from 1, along the rows ('rows', a
+    run continues into the next row) or down the columns ('columns').
     """
     flat = np.zeros(mask.size + 2, bool)
     flat[1:-1] = np.ravel(mask if order == 'rows' else mask.T)
@@ -436,7 +410,5 @@ def rle_decode(rle: str, shape: tuple[int, int], order: str = 'rows') -> np.ndar
     for start, length in zip(numbers[::2], numbers[1::2]):
         flat[start - 1 : start - 1 + length] = 1
     if rle_encode(flat) != ' '.join(map(str, numbers)):
-        raise ValueError(
-            f'not the runs of a mask of {shape[0]} x {shape[1]} pixels along the {order}'
-        )
+        raise ValueError(f'not the runs of a mask of {shape} pixels along the {order}')
     return flat.reshape(shape) if order == 'rows' else flat.reshape(shape[::-1]).T.copy()

@@ -436,7 +436,9 @@ def test_a_name_as_long_as_a_file_system_takes_has_its_mask_written(model, tmp_p
 
 def test_what_is_not_predicted_is_told(model, tmp_path, capsys):
     (tmp_path / 'test/a.jpg').write_bytes(b'')
-    with pytest.raises(config.UserMistake, match=r'no file of TEST_SUFFIX=.\.png., found .jpg 1: '):
+    with pytest.raises(
+        config.UserMistake, match=r'no image file of TEST_SUFFIX=.\.png., found .jpg 1: '
+    ):
         predict(model)
     (tmp_path / 'test/a.png').write_bytes(b'')
     config.TEST_CSV = str(tmp_path / 'list.csv')
