@@ -285,10 +285,11 @@ def read_mask(
             image = image.convert('L')  # a grey GIF
         elif image.mode.startswith('I;16'):
             image = image.convert('I')
-        pixels = resize_mask(np.array(image), size)  # before the rest, which is then faster
-    if image_format == 'JPEG':
-        values = lossy_values(file, pixels, classes, colours)
-    elif colours:
+        pixels = np.array(image)
+        if image_format == 'JPEG':  # at its own size: resized, it may lose the brightest pixels
+            pixels = lossy_values(file, pixels, classes, colours)
+        pixels = resize_mask(pixels, size)  # before the rest, which is then faster
+    if colours:
         values = values_of_colours(file, pixels, colours, ignore_index)
     else:
         values = stored_values(file, pixels, palette_colours, classes)
