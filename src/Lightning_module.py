@@ -12,7 +12,7 @@ import config
 import dataset
 import dice_loss
 import folds
-import masks
+import images
 import metrics
 import model_dispatcher
 
@@ -71,9 +71,9 @@ class CarvanaModel(pl.LightningModule):
             self.model.compile(dynamic=False)  # all batches but an epoch's last have one shape
         for name in {'classes', 'ignore_index'} & self.hparams.LOSS_ARGS.keys():
             raise config.UserMistake(f'LOSS_ARGS: remove {name}; set {name.upper()} instead')
-        # The rule for masks.read_mask, and the value of ignored pixels in the masks.
-        self.mask_rule = tuple(self.hparams[name] for name in masks.CONSTANTS)
-        self.ignored = masks.ignored_value(self.hparams.IGNORE_INDEX)
+        # The rule for images.read_mask, and the value of ignored pixels in the masks.
+        self.mask_rule = tuple(self.hparams[name] for name in images.MASK_CONSTANTS)
+        self.ignored = images.ignored_value(self.hparams.IGNORE_INDEX)
         self.loss = dice_loss.build_loss(
             self.hparams.LOSS,
             classes=self.hparams.CLASSES,

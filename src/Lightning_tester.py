@@ -32,7 +32,6 @@ import config
 import files
 import folds
 import images
-import masks
 import metrics
 import plots
 import predictor
@@ -240,7 +239,7 @@ def draw_out_of_fold(table: pd.DataFrame, pairs: dict, models: dict, threshold: 
         (image_file, mask_file), model = pairs[row.img], models[row.kfold]
         runner = predictor.Predictor([model], [threshold], config.TTA)
         (mask,) = predictor.predict(runner, predictor.ImageBatches([image_file], model))
-        image, truth = images.read_image(image_file), masks.read_mask(mask_file, *model.mask_rule)
+        image, truth = images.read_image(image_file), images.read_mask(mask_file, *model.mask_rule)
         panels.append((row.kind, row.img, image, truth, mask, row.dice))
     if rank_zero_only.rank > 0:
         return
@@ -269,9 +268,9 @@ def predict_test(models: list[CarvanaModel], threshold: float, test_files: list[
     for image_file, row in zip(test_files, rows.itertuples()):
         image = images.read_image(image_file)
         if classes == 1:
-            mask = masks.rle_decode(row.rle_mask, image.shape[:2], config.RLE_ORDER)
+            mask = images.rle_decode(row.rle_mask, image.shape[:2], config.RLE_ORDER)
         else:
-            mask = masks.read_mask(mask_folder / Path(row.img).with_suffix('.png'), classes)
+            mask = images.read_mask(mask_folder / Path(row.img).with_suffix('.png'), classes)
         samples[row.img] = image, mask
     plots.save(plots.samples(samples, classes), output / 'test_samples.png')
     print(f'{len(test_files)} images of {config.TEST_PATH}: submission.csv, test_samples.png')

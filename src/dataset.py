@@ -22,7 +22,6 @@ from torch.utils.data import Dataset, DistributedSampler, default_collate
 import config
 import files
 import images
-import masks
 
 READING = 3  # raise it when files are read differently: older cache files are then not used
 # The original's ShiftScaleRotate: one scale for both axes, a reflected border.
@@ -58,10 +57,8 @@ AUGMENTATIONS = {
 def build_augmentation(name: str, channels: int) -> list:
     """New transforms of AUGMENTATIONS[name]; those of colour need 3 channels."""
     if name not in AUGMENTATIONS:
-        raise config.UserMistake(
-            f'AUGMENTATION={name!r}: {config.did_you_mean(name, AUGMENTATIONS)}valid: '
-            f'{", ".join(AUGMENTATIONS)}'
-        )
+        hint, valid = config.did_you_mean(name, AUGMENTATIONS), ', '.join(AUGMENTATIONS)
+        raise config.UserMistake(f'AUGMENTATION={name!r}: {hint}valid: {valid}')
     transforms = copy.deepcopy(AUGMENTATIONS[name])  # each dataset seeds its own
     return [t for t in transforms if channels == 3 or not isinstance(t, A.HueSaturationValue)]
 
@@ -97,7 +94,7 @@ def seed_augmentation(augment: A.Compose, text: str) -> None:
 def read_pair(image_file: Path, mask_file: Path | files.Runs, size, channels, *mask_rule) -> tuple:
     """An image, uint8 (H, W, channels), and its mask, uint8 (H, W), both resized to `size`."""
     image = images.read_image(image_file, channels, size)
-    return image, masks.read_mask(mask_file, *mask_rule, size)
+    return image, images.read_mask(mask_file, *mask_rule, size)
 
 
 def read_cached(folder: Path, *pair) -> tuple[np.ndarray, np.ndarray]:
@@ -149,17 +146,17 @@ class CarvanaDataset(Dataset):
         self.names = files.read_folds(folds).img.tolist()
         # Keep them: a spawned worker imports config.py again, without command-line arguments.
         self.seed, self.files = config.SEED, files.pairs_of(self.names)
-        self.settings = config.CHANNELS, *masks.settings()
+        self.settings = config.CHANNELS, *images.mask_settings()
         self.cache = config.path(config.OUTPUT) / 'cache' if config.CACHE else None
         transforms = build_augmentation(config.AUGMENTATION, config.CHANNELS)
         self.sizes, tiles = [crop_size] * len(self.names), [1] * len(self.names)
         if config.SCALE is not None:
             own_sizes = [images.size_of(image_file) for image_file, _ in self.files]
             self.sizes = [images.scaled(size, crop_size, config.SCALE) for size in own_sizes]
-        if config.SCALE is not None and train:
-            tiles = [max(1, h // height * (w // width)) for h, w in self.sizes]
-            ignored = masks.ignored_value(config.IGNORE_INDEX)
-            transforms = [*build_crop(height, width, ignored), *transforms]
+            if train:
+                tiles = [max(1, h // height * (w // width)) for h, w in self.sizes]
+                ignored = images.ignored_value(config.IGNORE_INDEX)
+                transforms = [*build_crop(height, width, ignored), *transforms]
         self.crops = [(row, n) for row, count in enumerate(tiles) for n in range(count)]
         self.augment = A.Compose(transforms) if train else None
 

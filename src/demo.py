@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import command_line
 import config
-import masks
+import images
 
 SETTINGS = {
     'MODEL_NAME': 'smp_linknet_tu-regnetx_002', 'ENCODER_WEIGHTS': None, 'CROP_SIZE': (96, 160),
@@ -48,7 +48,7 @@ def arguments(given: list[str], **paths) -> list[str]:
     return [f'{name}={value}' for name, value in (SETTINGS | paths).items()] + given
 
 
-def draw_car(images, truths, name, car, side, size, seed) -> str:
+def draw_car(image_folder, truths, name, car, side, size, seed) -> str:
     """Write image and mask of a car from side 1 (its front) to 16; returns its row for the CSV."""
     look, rng = np.random.default_rng([seed, car]), np.random.default_rng([seed, car, side])
     height, rear, front, _ = shape = [*KINDS[car % len(KINDS)], (0.86, 0.9, 0.9, 0.87, 0.67)]
@@ -101,9 +101,9 @@ def draw_car(images, truths, name, car, side, size, seed) -> str:
     image = cv2.GaussianBlur(canvas[..., :3], (0, 0), 0.6) * np.linspace(1, light, size[0])[:, None]
     image = np.uint8((image + 3 * rng.standard_normal(image.shape, np.float32)).clip(0, 255))
     mask = np.uint8(canvas[..., 3] > 127)
-    Image.fromarray(image).save(images / f'{name}.jpg', quality=90)
+    Image.fromarray(image).save(image_folder / f'{name}.jpg', quality=90)
     Image.fromarray(mask).save(truths / f'{name}_mask.gif', palette=bytes([0, 0, 0, 255, 255, 255]))
-    return f'{name}.jpg,{masks.rle_encode(mask)}'
+    return f'{name}.jpg,{images.rle_encode(mask)}'
 
 
 def make_dataset(folder, cars=CARS, test_cars=2, size=(480, 320), seed=42) -> None:

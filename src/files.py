@@ -25,10 +25,7 @@ NAMING = {
 HIDDEN = ('.', '@', '__MACOSX')  # files and folders that systems add, such as ._a.png and @eaDir
 # Line ends, and half characters, which stand for bytes that are not UTF-8.
 CONTROL_CHARACTERS = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
-TABLE_HELP = (
-    'one row for each image, in columns img and rle_mask; three lines of pandas in README.md, '
-    '"Your own images", make one from other tables'
-)
+TABLE_HELP = 'make a table with one row per image, as README.md shows in "Your own images"'
 MODEL_COLUMNS = ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']  # of models.csv
 
 
@@ -50,11 +47,7 @@ def atomic_write(file: Path, ending: str = '.tmp'):
 
 
 def file_lock(file: Path, busy: str = ''):
-    """A lock file for a with statement. Only one process on this disk can hold it.
-
-    Args:
-        busy: the message of the config.UserMistake if another process holds it; '': wait.
-    """
+    """A lock for a with statement. If another process holds it, wait, or refuse with `busy`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         return FileLock(file).acquire(timeout=0 if busy else -1)
@@ -83,10 +76,9 @@ def read_table(file: Path, columns: list[str], remedy: str) -> pd.DataFrame:
     except (ValueError, OSError) as error:
         reason = config.shorten(error)
         raise config.UserMistake(f'{file}: not a readable table ({reason}): {remedy}') from None
-    for column in columns:
-        if column not in table:
-            there = ', '.join(table.columns)
-            raise config.UserMistake(f'{file}: no column {column}, only {there}: {remedy}')
+    missing, there = set(columns) - set(table), ', '.join(table)
+    if missing:
+        raise config.UserMistake(f'{file}: no column {min(missing)}, only {there}: {remedy}')
     return table
 
 
@@ -96,13 +88,8 @@ def models_file() -> Path:
 
 def read_models(file: Path | None = None) -> pd.DataFrame:
     """A models.csv, by default that of OUTPUT: one row per trained fold."""
-    file = file or models_file()
-    table = read_table(file, MODEL_COLUMNS, 'run Lightning_trainer.py')
-    try:
-        return table.astype({'fold': int, 'val_dice': float, 'val_iou': float})
-    except ValueError as error:
-        remedy = 'remove it and run Lightning_trainer.py RESUME=True'
-        raise config.UserMistake(f'{file}: {config.shorten(error)}: {remedy}') from None
+    table = read_table(file or models_file(), MODEL_COLUMNS, 'run Lightning_trainer.py')
+    return table.astype({'fold': int, 'val_dice': float, 'val_iou': float})
 
 
 def enter_model(fold: int, version: str, checkpoint: Path, scores: dict) -> None:
@@ -185,8 +172,8 @@ def list_files(constant: str, required: bool = True) -> dict[str, Path]:
     If a file could be an image or a mask, the longer prefix and suffix decide: x_mask.png is the
     mask of x.png. If masks have their own folder, this applies only if x.png is there too.
 
-    Raises config.UserMistake for two files of one name, a file that may be both, control characters
-    in a name, or (if `required`) no file.
+    Raises config.UserMistake for a name that is not unique, plain or clear, and if `required` for no
+    file.
     """
     folder = config.path(getattr(config, constant))
     other = 'TRAIN_PATH' if constant == 'MASK_PATH' else 'MASK_PATH'
@@ -198,20 +185,18 @@ def list_files(constant: str, required: bool = True) -> dict[str, Path]:
         other_name, other_length = fit(file, other)
         if name is None or (other_length > length and (shared or other_name in names)):
             continue
-        problem = ''
+        shown = repr(str(folder / file))
         if shared and other_length == length:
-            problem = (
-                'may be an image or a mask: set another IMAGE_SUFFIX, MASK_SUFFIX or MASK_PATH; each '
-                'image has one mask file: merge the masks of its objects'
+            raise config.UserMistake(
+                f'{shown} may be an image or a mask: set another MASK_SUFFIX or MASK_PATH, and merge '
+                'the masks of an image into one file'
             )
-        elif name in found:
-            problem = (
-                f'and {found[name].relative_to(folder)} have the same name: rename or remove one'
+        if name in found:
+            raise config.UserMistake(
+                f'{shown} and {found[name].name} have the same name: rename one'
             )
-        elif CONTROL_CHARACTERS.search(file):
-            problem = 'has control characters or is not UTF-8: rename it'
-        if problem:
-            raise config.UserMistake(f'{folder}: {file!r} {problem}')
+        if CONTROL_CHARACTERS.search(file):
+            raise config.UserMistake(f'{shown} has control characters or is not UTF-8: rename it')
         found[name] = folder / file
     if required and not found:
         raise nothing_found(constant)
@@ -220,28 +205,25 @@ def list_files(constant: str, required: bool = True) -> dict[str, Path]:
 
 def nothing_found(constant: str) -> config.UserMistake:
     """The mistake to raise if a folder is missing, or has no file of the expected name."""
-    folder, (prefix, suffix) = config.path(getattr(config, constant)), NAMING[constant]
+    folder, suffix = config.path(getattr(config, constant)), NAMING[constant][1]
     if not folder.is_dir():
         return config.UserMistake(f'{folder}: no such folder: set {constant} or INPUT')
-    expected = f'{getattr(config, prefix) if prefix else ""}*{getattr(config, suffix)}'
-    return config.UserMistake(
-        f'{folder}: no file {expected}, found {count_endings(walk(folder))}: set {constant} or '
-        f'{suffix} to image files, such as .png'
-    )
+    there, expected = count_endings(walk(folder)), f'{suffix}={getattr(config, suffix)!r}'
+    return config.UserMistake(f'{folder}: no image file of {expected}, found {there}: set {suffix}')
 
 
 def count_endings(names) -> str:
     """How many files have each ending: '.jpg 3, .png 6'."""
     counts = Counter(Path(name).suffix.lower() or 'without ending' for name in names)
-    return first_few([f'{ending} {n}' for ending, n in sorted(counts.items())], 8) or 'nothing'
+    return first_few([f'{ending} {n}' for ending, n in sorted(counts.items())]) or 'nothing'
 
 
 def print_unused(constant: str, used, what: str) -> None:
     """Print one line that counts the files in a folder of config.py that are not in `used`."""
-    folder, suffix = config.path(getattr(config, constant)), getattr(config, NAMING[constant][1])
+    folder, suffix = config.path(getattr(config, constant)), NAMING[constant][1]
     unused = [file for file in walk(folder) if folder / file not in used]
     if unused:
-        endings = f'({count_endings(unused)}; {NAMING[constant][1]} is {suffix!r})'
+        endings = f'({count_endings(unused)}; {suffix} is {getattr(config, suffix)!r})'
         print(f'{len(unused)} files in {constant} are not {what} {endings}')
 
 
@@ -260,60 +242,45 @@ def name_in_table(cell: str, constant: str) -> str:
     return fit(cell, constant)[0] or cell
 
 
-def train_rows() -> list[tuple[str, str | None]]:
-    """(name, run lengths or None) of the rows of TRAIN_CSV."""
+def train_table() -> pd.DataFrame:
+    """TRAIN_CSV, with image names in its column img."""
     table = read_table(config.path(config.TRAIN_CSV), ['img'], TABLE_HELP)
-    names = [name_in_table(cell, 'TRAIN_PATH') for cell in table.img]
-    return list(zip(names, table.get('rle_mask', [None] * len(names))))
+    return table.assign(img=[name_in_table(cell, 'TRAIN_PATH') for cell in table.img])
 
 
 def pairs_of(names) -> list[tuple[Path, Path | Runs]]:
-    """The image file and the mask (see masks.read_mask) of each training image.
-
-    Raises config.UserMistake, with what to do, if one is missing.
-    """
+    """The image file and the mask (see images.read_mask) of each training image."""
     image_files, mask_files = list_files('TRAIN_PATH'), list_files('MASK_PATH', required=False)
     missing = [name for name in names if name not in image_files]
     if missing:
+        problem = f'{len(missing)} images are not in TRAIN_PATH: {first_few(missing)}'
         raise config.UserMistake(
-            f'{len(missing)} images have no image file in TRAIN_PATH: {first_few(missing)}: put them '
-            'back, or drop them from TRAIN_CSV, where names are relative to TRAIN_PATH, and run folds.py'
+            f'{problem}: correct TRAIN_CSV (relative to TRAIN_PATH), run folds.py'
         )
     missing = [name for name in names if name not in mask_files]
-    if missing:
-        mask_files |= run_lengths(missing, image_files)
-        missing = [name for name in missing if name not in mask_files]
+    texts = {}  # run lengths; '' = no object
+    if missing and config.EMPTY_IF_NO_MASK:
+        refuse_numbered_masks(image_files)
+        texts = dict.fromkeys(missing, '')
+    if missing and is_file(config.TRAIN_CSV):
+        table = train_table()
+        texts |= dict(zip(table.img, table.get('rle_mask', [])))
+    for name in missing:
+        if name in texts:
+            mask_files[name] = Runs(image_files[name], texts[name], config.RLE_ORDER)
+    missing = [name for name in missing if name not in mask_files]
     if missing and not mask_files:
         raise nothing_found('MASK_PATH')
     if missing:
-        remedy = (
-            'list the other images in a TRAIN_CSV with a column img; or set EMPTY_IF_NO_MASK=True if '
-            'these images really hold no object'
-        )
+        problem = f'{len(missing)} images have no mask in MASK_PATH: {first_few(missing)}'
         if len(missing) == len(names):
-            remedy = (
-                f'a mask here has the name {next(iter(mask_files))}: without prefix and suffix, names '
-                'must be the same: set IMAGE_PREFIX, IMAGE_SUFFIX, MASK_PREFIX and MASK_SUFFIX'
-            )
+            problem += f'; a mask has the name {next(iter(mask_files))}'
+            raise config.UserMistake(f'{problem}: set prefixes and suffixes that give equal names')
         raise config.UserMistake(
-            f'{len(missing)} images have no mask in MASK_PATH: {first_few(missing)}: {remedy}'
+            f'{problem}: list the other images in a TRAIN_CSV; or set EMPTY_IF_NO_MASK=True if these '
+            'images really hold no object'
         )
     return [(image_files[name], mask_files[name]) for name in names]
-
-
-def run_lengths(names: list[str], image_files: dict) -> dict[str, Runs]:
-    """Name -> Runs of images without a mask file: from TRAIN_CSV, or empty with EMPTY_IF_NO_MASK."""
-    texts = {}
-    if config.EMPTY_IF_NO_MASK:
-        refuse_numbered_masks(image_files)
-        texts = dict.fromkeys(names, '')
-    if is_file(config.TRAIN_CSV):
-        texts |= {name: text for name, text in train_rows() if text is not None}
-    return {
-        name: Runs(image_files[name], texts[name], config.RLE_ORDER)
-        for name in names
-        if name in texts
-    }
 
 
 def refuse_numbered_masks(image_files: dict) -> None:
@@ -322,30 +289,18 @@ def refuse_numbered_masks(image_files: dict) -> None:
         without_number = re.sub(r'[-_ ]?\(?\d+\)?(?=\.\w+$)', '', file)
         name = fit(without_number, 'MASK_PATH')[0]
         if name in image_files and fit(file, 'MASK_PATH')[0] not in image_files:
-            raise config.UserMistake(
-                f'{file} in MASK_PATH: the image {name} has more than one mask, and '
-                'EMPTY_IF_NO_MASK would hide them: merge the masks of each image into one file'
-            )
+            raise config.UserMistake(f'{file}: {name} has more than one mask: merge them into one')
 
 
 def read_folds(folds: list[int] | None = None) -> pd.DataFrame:
-    """The table img,kfold,group of TRAIN_FOLDS, or its rows of some folds.
-
-    Raises config.UserMistake if a group is in two folds, an image listed twice, or a fold empty.
-    """
-    file, problem = config.path(config.TRAIN_FOLDS), ''
+    """The table img,kfold,group of TRAIN_FOLDS, or its rows of some folds, none of them empty."""
+    file = config.path(config.TRAIN_FOLDS)
     table = read_table(file, ['img', 'kfold', 'group'], 'run folds.py')
     split = table.groupby('group').kfold.nunique() > 1
-    empty = sorted(set(map(str, folds or [])) - set(table.kfold))
-    if not table.kfold.str.fullmatch(r'\d+').all():
-        problem = 'kfold is not a whole number'
-    elif split.any():
-        problem = f'group {split.idxmax()} is in 2 folds'
-    elif table.img.duplicated().any():
-        problem = 'images are listed more than once'
-    elif empty:
-        problem = f'no image in fold {first_few(empty)}'
-    if problem:
-        raise config.UserMistake(f'{file}: {problem}: run folds.py again')
+    if split.any():
+        raise config.UserMistake(f'{file}: group {split.idxmax()} is in 2 folds: run folds.py')
     table['kfold'] = table.kfold.astype(int)
+    empty = sorted(set(folds or []) - set(table.kfold))
+    if empty:
+        raise config.UserMistake(f'{file}: no image in fold {first_few(empty)}: run folds.py again')
     return table if folds is None else table[table.kfold.isin(folds)].reset_index(drop=True)

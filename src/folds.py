@@ -17,6 +17,7 @@ import hashlib
 import re
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
@@ -25,7 +26,6 @@ import command_line
 import config
 import files
 import images
-import masks
 from files import Runs, first_few, is_file, list_files, read_folds
 
 MASKS_DECODED = 500  # at most this many masks are decoded here; the first epoch decodes all
@@ -46,18 +46,13 @@ def main() -> None:
 def image_names() -> list[str]:
     """Names (see files.fit) of the training images: from TRAIN_CSV or the folder."""
     if not files.is_table('TRAIN_CSV', 'train_masks.csv'):
-        return sorted(list_files('TRAIN_PATH'))
-    names = [name for name, _ in files.train_rows()]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    problem = ''
-    if not names:
-        problem = 'no image in it'
-    elif not all(names):
-        problem = 'a cell of img is empty'
-    elif twice:
-        problem = f'listed twice: {first_few(twice)}'
-    if problem:
-        raise config.UserMistake(f'{config.TRAIN_CSV}: {problem}: {files.TABLE_HELP}')
+        return list(list_files('TRAIN_PATH'))
+    names, table = files.train_table().img, config.TRAIN_CSV
+    twice = names[names.duplicated()].tolist()
+    if twice:
+        raise config.UserMistake(f'{table}: listed twice: {first_few(twice)}: {files.TABLE_HELP}')
+    if names.empty or '' in names.tolist():
+        raise config.UserMistake(f'{table}: img is empty: {files.TABLE_HELP}')
     return sorted(names)
 
 
@@ -70,80 +65,59 @@ def check_files(names: list[str], pairs: list[tuple]) -> None:
         files.print_unused('MASK_PATH', used, 'used')
     unpaired = sorted(set(list_files('MASK_PATH', required=False)) - set(list_files('TRAIN_PATH')))
     if unpaired and not is_file(config.TRAIN_CSV):
-        raise config.UserMistake(
-            f'{len(unpaired)} masks have no image in TRAIN_PATH: {first_few(unpaired)}: set '
-            'IMAGE_SUFFIX or IMAGE_PREFIX to match the image names, or move the masks away'
-        )
-    sizes, differ, rotated, lossy = [], {}, [], 0
+        problem = f'{len(unpaired)} masks have no image in TRAIN_PATH: {first_few(unpaired)}'
+        raise config.UserMistake(f'{problem}: set IMAGE_SUFFIX, or move the masks away')
+    sizes, mask_headers, rotated = [], {}, []
     for name, (image_file, mask_file) in zip(tqdm(names, 'headers', **BAR), pairs):
         image = images.check(image_file)
         sizes.append(image.size)
         if isinstance(mask_file, Runs):
             continue
-        mask = masks.check(mask_file)
-        lossy += mask.format in masks.LOSSY
+        mask = mask_headers[mask_file] = images.check(mask_file, images.check_mask_kind)
         if image.orientation != mask.orientation:
             rotated.append(name)
         if image.size != mask.size:
-            height, width, mask_height, mask_width = *image.size, *mask.size
-            differ[name] = f'{name} ({width}x{height} and {mask_width}x{mask_height})'
-    if differ:
-        remedy = 'resize the masks with nearest-neighbour interpolation, or rotate them'
-        if differ.keys() & set(rotated):
-            remedy = (
-                'EXIF turns only one of image and mask: remove the EXIF orientation from both '
-                '(exiftool -Orientation= FILE), then check them with test_dataset.py'
-            )
-        shown = first_few([*differ.values()])
-        raise config.UserMistake(
-            f'{len(differ)} images and their masks differ in size: {shown}: {remedy}'
-        )
+            remedy = 'resize the mask with nearest-neighbour interpolation, or rotate it'
+            if image.orientation != mask.orientation:
+                remedy = 'EXIF turns only one of them: remove it from both (exiftool -Orientation=)'
+            both = f'{image.size} and {mask.size} as (height, width)'
+            raise config.UserMistake(f'image and mask of {name} have sizes {both}: {remedy}')
     images.print_large(sizes, config.crop_size(), config.SCALE)
-    if lossy and config.CLASSES <= 2 and config.MASK_COLOURS is None:
+    lossy = sum(mask.format == 'JPEG' for mask in mask_headers.values())
+    if lossy:
         print(f'{lossy} masks are JPEG files, which is lossy: 128 and above is foreground')
     if rotated:
-        print(
-            f'{len(rotated)} images and their masks have different EXIF rotations: check them with '
-            f'test_dataset.py: {first_few(rotated)}'
-        )
+        shown = first_few(rotated)
+        print(f'{len(rotated)} masks have another EXIF rotation: see test_dataset.py: {shown}')
     if config.CLASSES > 2 and config.MASK_COLOURS is None:
-        check_palettes([mask_file for _, mask_file in pairs if not isinstance(mask_file, Runs)])
+        check_palettes({file: mask.palette for file, mask in mask_headers.items()})
 
 
-def check_palettes(mask_files: list) -> None:
+def check_palettes(palettes: dict[Path, list[tuple]]) -> None:
     """Raise config.UserMistake unless a class has the same colour in all palettes."""
     first = {}
-    for file in mask_files:
-        with images.opened(file) as image:
-            colours = masks.palette(image)
+    for file, colours in palettes.items():
         for index, colour in enumerate(colours[: config.CLASSES]):
             if index > 0 and colour == (0, 0, 0):
                 continue  # the padding of a short palette
             same, other = first.setdefault(index, (colour, file))
             if same != colour:
-                raise config.UserMistake(
-                    f'palettes differ: index {index} is {same} in {other} and {colour} in {file}: set '
-                    'MASK_COLOURS to read the classes from the colours'
-                )
+                difference = f'index {index} is {same} in {other} and {colour} in {file}'
+                raise config.UserMistake(f'palettes differ: {difference}: set MASK_COLOURS')
 
 
 def decode_masks(names: list[str], pairs: list[tuple]) -> dict[str, tuple]:
-    """Decode a sample of masks. Refuse them if all have only one class.
-
-    Returns: name -> the classes in its mask.
-    """
+    """Name -> the classes in its mask, of a sample. Refuse the masks if all have only one class."""
     step = -(-len(names) // MASKS_DECODED)
     values = {}
     for name, (_, file) in zip(tqdm(names[::step], 'masks', **BAR), pairs[::step]):
-        values[name] = masks.values_in(masks.read_mask(file, *masks.settings()))
-    ignored = masks.ignored_value(config.IGNORE_INDEX)
+        values[name] = images.values_in(images.read_mask(file, *images.mask_settings()))
+    ignored = images.ignored_value(config.IGNORE_INDEX)
     seen = set().union(*values.values())
-    all_decoded = step == 1
-    if len(seen - {ignored}) < 2 and (all_decoded or ignored in seen):
+    if len(seen - {ignored}) < 2 and (ignored in seen or len(values) == len(names)):
+        problem = f'MASK_PATH={config.MASK_PATH}: all masks hold {first_few(sorted(seen))} alone'
         raise config.UserMistake(
-            f'MASK_PATH={config.MASK_PATH}: all masks hold {first_few(sorted(seen))} alone, so there is '
-            'nothing to learn: check MASK_PATH, MASK_SUFFIX and '
-            f'IGNORE_INDEX={config.IGNORE_INDEX}'
+            f'{problem}: check MASK_SUFFIX, IGNORE_INDEX={config.IGNORE_INDEX}'
         )
     return {name: tuple(v for v in present if v != ignored) for name, present in values.items()}
 
@@ -152,22 +126,16 @@ def decode_masks(names: list[str], pairs: list[tuple]) -> dict[str, tuple]:
 def assign_folds(names: list[str], classes: dict[str, tuple]) -> pd.DataFrame:
     """The table img,kfold,group: whole groups, shuffled with SEED, in N_FOLDS folds.
 
-    scikit-learn balances the rarest class of each image, and with it the number of images. Groups
-    of very unequal size leave folds of unequal size.
-
-    Args:
-        classes: name -> classes in its mask, for the masks that were decoded.
+    scikit-learn balances the rarest class of each image, as far as it is known from `classes`, and
+    with it the number of images. Groups of very unequal size leave folds of unequal size.
     """
     from sklearn.model_selection import StratifiedGroupKFold  # its import takes 2 seconds
 
     groups = [group_of(name) for name in names]
     different = sorted(set(groups))
     if len(different) < config.N_FOLDS:
-        raise config.UserMistake(
-            f'N_FOLDS={config.N_FOLDS}, but GROUP_REGEX={config.GROUP_REGEX!r} finds only '
-            f'{len(different)} different groups ({first_few(different)}): set a smaller '
-            'N_FOLDS, or another GROUP_REGEX (None: each image is a group)'
-        )
+        found = f'GROUP_REGEX finds only {len(different)} different groups: {first_few(different)}'
+        raise config.UserMistake(f'{found}: change it, or N_FOLDS={config.N_FOLDS}')
     images_with = Counter(value for present in classes.values() for value in present)
     rarest = [min(classes.get(name, ()), key=images_with.get, default=-1) for name in names]
     if max(Counter(rarest).values()) < config.N_FOLDS:
@@ -185,22 +153,17 @@ def group_of(name: str) -> str:
     """The first capture group of GROUP_REGEX in an image's name; without GROUP_REGEX, the name."""
     match = re.search(config.GROUP_REGEX or '(.*)', name)
     if match is None or match.group(1) is None:
-        raise config.UserMistake(
-            f"GROUP_REGEX={config.GROUP_REGEX!r} does not fit the image name '{name}': set a "
-            'pattern that finds the group (the patient, the car), or None if there are no groups'
-        )
+        problem = f'GROUP_REGEX={config.GROUP_REGEX!r} does not fit the image name {name!r}'
+        raise config.UserMistake(f'{problem}: correct it, or set None if there are no groups')
     return match.group(1)
 
 
 def print_folds(table: pd.DataFrame, classes: dict[str, tuple]) -> None:
     """Print the images, groups and images with each class of every fold."""
     counts = table.groupby('kfold').agg(images=('img', 'size'), groups=('group', 'nunique'))
-    labels = {value: f'class {value}' for value in range(config.CLASSES)}
-    if config.CLASSES == 1:
-        labels = {1: 'foreground'}
-    for value, label in labels.items():
-        has_class = table.img.map(lambda name, value=value: value in classes.get(name, ()))
-        counts[label] = has_class.groupby(table.kfold).sum()
+    for value in range(config.CLASSES) if config.CLASSES > 1 else [1]:
+        has_class = [value in classes.get(name, ()) for name in table.img]
+        counts[f'class {value}'] = pd.Series(has_class).groupby(table.kfold).sum()
     counts.loc['all'] = counts.sum()
     print(counts.rename_axis('fold').to_string())
     if len(classes) < len(table):
@@ -217,14 +180,10 @@ def print_folds(table: pd.DataFrame, classes: dict[str, tuple]) -> None:
 def digests(fold: int) -> dict[str, str]:
     """Digests of the images that a fold's model is trained and validated on, for its checkpoint."""
     table = read_folds()
-    names = {
-        'train': table.img[table.kfold != fold],
-        'val': table.img[table.kfold == fold],
-        'all': table.img,
-    }
+    train, val = table.img[table.kfold != fold], table.img[table.kfold == fold]
     return {
-        part: hashlib.sha256('/'.join(part_names).encode()).hexdigest()[:16]
-        for part, part_names in names.items()
+        part: hashlib.sha256('/'.join(names).encode()).hexdigest()[:16]
+        for part, names in {'train': train, 'val': val, 'all': table.img}.items()
     }
 
 

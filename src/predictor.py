@@ -23,7 +23,6 @@ from tqdm import tqdm
 import config
 import files
 import images
-import masks
 import metrics
 import runtime
 
@@ -90,7 +89,7 @@ class ImageBatches(Dataset):
             'shape': shapes,
         }
         for file, shape in zip(self.mask_files[rows], shapes):
-            mask = torch.from_numpy(masks.read_mask(file, *self.mask_rule))
+            mask = torch.from_numpy(images.read_mask(file, *self.mask_rule))
             if mask.shape != shape:
                 raise config.UserMistake(f'{file}: mask and image differ in size: run folds.py')
             batch.setdefault('mask', []).append(mask)
@@ -176,7 +175,7 @@ class SubmissionWriter(BasePredictionWriter):
                     file = self.mask_folder / Path(name).with_suffix('.png')
                     with files.atomic_write(file) as temporary:
                         temporary.write_bytes(png)
-                rows.writerow([name, masks.rle_encode(mask, config.RLE_ORDER)])
+                rows.writerow([name, images.rle_encode(mask, config.RLE_ORDER)])
 
 
 def trainer_with_bar() -> pl.Trainer:

@@ -27,7 +27,6 @@ import config
 import demo
 import dice_loss
 import images
-import masks
 import metrics
 import model_dispatcher
 
@@ -41,7 +40,7 @@ def load(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
         mask_file = folder / 'train_masks' / f'{file.stem}_mask.gif'
         image = torch.from_numpy(images.read_image(file, 3, SIZE))
         x.append(image.permute(2, 0, 1) / 127.5 - 1)
-        y.append(torch.from_numpy(masks.read_mask(mask_file, size=SIZE)))
+        y.append(torch.from_numpy(images.read_mask(mask_file, size=SIZE)))
     return torch.stack(x), torch.stack(y)
 
 

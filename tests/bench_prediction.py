@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'src'))
 import config
 import demo
 import images
-import masks
 import model_dispatcher
 import predictor
 import runtime
@@ -108,8 +107,8 @@ def main() -> None:
                 flush=True,
             )
         truth = next((folder / 'test_masks_truth').iterdir())
-        mask = masks.read_mask(truth)
-        encode = statistics.median(timed(masks.rle_encode, mask) for _ in range(15))
+        mask = images.read_mask(truth)
+        encode = statistics.median(timed(images.rle_encode, mask) for _ in range(15))
         full = statistics.median(timed(images.read_image, files[0]) for _ in range(15))
         print(f'run lengths of a mask {1e3 * encode:.1f} ms, its JPEG {1e3 * full:.1f} ms')
 

@@ -16,7 +16,7 @@ import config
 import dataset
 import files
 import folds
-import masks
+import images
 import predictor
 from dataset import CarvanaDataset, EpochSampler
 
@@ -41,7 +41,7 @@ def test_validation_items_are_only_resized(prepared):
     image_file, mask_file = files.pairs_of([data.names[1]])[0]
     image = cv2.resize(np.array(Image.open(image_file)), (32, 32))
     assert np.abs(data[1]['image'].permute(1, 2, 0).numpy().astype(int) - image).max() <= 3
-    assert np.array_equal(data[1]['mask'].numpy(), masks.read_mask(mask_file, size=(32, 32)))
+    assert np.array_equal(data[1]['mask'].numpy(), images.read_mask(mask_file, size=(32, 32)))
     assert torch.equal(data[1]['image'], data[1]['image'])
 
 
@@ -206,7 +206,7 @@ def test_each_image_is_decoded_once_and_again_when_its_files_or_the_settings_cha
     image, new_mask = draw_ellipse(np.random.default_rng(9))
     mask_file = first.files[0][1]
     save_mask_gif(mask_file, new_mask)
-    changed = masks.read_mask(mask_file, size=(32, 32))
+    changed = images.read_mask(mask_file, size=(32, 32))
     assert np.array_equal(first[0]['mask'].numpy(), changed) and len(decoded) == 2
     config.CROP_SIZE = 16
     for _ in range(2):
@@ -272,4 +272,4 @@ def test_batches_to_predict(prepared):
 def test_masks_can_be_written_to(tmp_path):
     """PIL's arrays are read-only, of which torch warns."""
     Image.new('P', (8, 8)).save(tmp_path / 'm.png')
-    torch.from_numpy(masks.read_mask(tmp_path / 'm.png', classes=3))
+    torch.from_numpy(images.read_mask(tmp_path / 'm.png', classes=3))

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 import demo
-import masks
+import images
 
 CARS, TEST_CARS, SIZE = 2, 1, (120, 80)
 
@@ -57,7 +57,7 @@ def test_masks_are_black_and_white_gifs_of_one_car_each(folder):
             assert gif.getpalette()[:6] == [0, 0, 0, 255, 255, 255]
             mask = np.asarray(gif)
         assert set(np.unique(mask)) == {0, 1} and 0.05 < mask.mean() < 0.5
-        assert masks.rle_encode(mask) == rows.get(image_file.name, masks.rle_encode(mask))
+        assert images.rle_encode(mask) == rows.get(image_file.name, images.rle_encode(mask))
         areas = cv2.connectedComponentsWithStats(mask)[2][1:, cv2.CC_STAT_AREA]
         assert areas.max() > 0.97 * areas.sum()  # an antenna or a mirror may be apart
 

@@ -20,7 +20,6 @@ import files
 import folds
 import images
 import Lightning_tester
-import masks
 import predictor
 from Lightning_module import CarvanaModel
 
@@ -28,6 +27,10 @@ MODEL = model_of((32, 32, 3))
 MASK = np.zeros((20, 30), np.uint8)
 MASK[2:9, 3:15] = 1
 RED, BLACK, BLUE = (255, 0, 0), (0, 0, 0), (0, 0, 255)
+
+
+def check_mask(file):
+    return images.check(file, images.check_mask_kind)
 
 
 @pytest.fixture
@@ -84,7 +87,7 @@ def test_size_and_pixels_of_masks_and_images_are_those_displayed(tmp_path, orien
     shown = picture if operation is None else picture.transpose(Image.Transpose(operation))
     shown = np.array(shown) > 0
     assert images.check(file).size == images.size_of(file) == shown.shape
-    assert np.array_equal(masks.read_mask(file), shown)
+    assert np.array_equal(images.read_mask(file), shown)
     assert np.array_equal(images.read_image(file, 1)[..., 0] > 127, shown)
 
 
@@ -92,18 +95,19 @@ def test_a_mask_turned_as_its_image_fits_and_one_that_is_not_is_told(own, capsys
     for number in range(4):
         own(f'{number}', mask=255 * MASK, **turned(6), mask_options=turned(6))
     decide()
-    image, mask = dataset.read_pair(*files.pairs_of(['0'])[0], (30, 20), 3, *masks.settings())
+    image, mask = dataset.read_pair(*files.pairs_of(['0'])[0], (30, 20), 3, *images.mask_settings())
     assert np.array_equal(image[..., 0] > 60, mask == 1) and mask.any()
     own('0', **turned(6))
     with pytest.raises(
-        config.UserMistake, match=r'0 \(20x30 and 30x20\): EXIF turns only one .*exiftool'
+        config.UserMistake,
+        match=r'of 0 have sizes \(30, 20\) and \(20, 30\).*EXIF turns .*exiftool',
     ):
         folds.main()
     for number in range(4):
         own(f'{number}', **turned(3))
     capsys.readouterr()
     decide()
-    assert '4 images and their masks have different EXIF rotations' in capsys.readouterr().out
+    assert '4 masks have another EXIF rotation' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('orientation', [3, 6])
@@ -114,7 +118,7 @@ def test_a_jpeg_turned_by_xmp_alone(tmp_path, orientation):
     shown = np.rot90(MASK, 2 if orientation == 3 else -1)
     assert images.check(file).size == images.size_of(file) == shown.shape
     assert np.array_equal(images.read_image(file, 1)[..., 0] > 127, shown)
-    assert np.array_equal(masks.read_mask(file), shown)
+    assert np.array_equal(images.read_mask(file), shown)
 
 
 # ------------------------------------------------------------ B. bits, sign, pages, fractions, alpha
@@ -123,7 +127,7 @@ def test_sixteen_bits_per_colour_are_refused(tmp_path, ending):
     file = str(tmp_path / f'a{ending}')
     cv2.imwrite(file, np.full((4, 5, 3), 1000, np.uint16))
     for read in (images.read_image, images.check):
-        with pytest.raises(config.UserMistake, match=rf'a\{ending}: more than 8 bits'):
+        with pytest.raises(config.UserMistake, match=rf'a\{ending}: RGB of 16 bits'):
             read(file)
 
 
@@ -160,12 +164,12 @@ def save_deep(file, pixels):
 DEEP = np.full((20, 30, 4), 65535, np.uint16)
 # Kind of mask -> file name, how to write it, the words of the refusal.
 NOT_PLAIN = {
-    '2 bits': ('m.png', lambda f: write_png(f, 3 * MASK, 2), 'grey of 2 bits'),
-    '4 bits': ('m.png', lambda f: write_png(f, 15 * MASK, 4), 'grey of 4 bits'),
+    '2 bits': ('m.png', lambda f: write_png(f, 3 * MASK, 2), 'PNG L of 2 bits'),
+    '4 bits': ('m.png', lambda f: write_png(f, 15 * MASK, 4), 'PNG L of 4 bits'),
     'PGM': ('m.pgm', lambda f: Image.fromarray(MASK).save(f), 'a PPM, PGM or PBM file'),
     'PBM': ('m.pbm', lambda f: Image.fromarray(MASK).convert('1').save(f), 'a PPM, PGM or PBM'),
-    'floats': ('m.tif', lambda f: Image.fromarray(MASK * np.float32(1)).save(f), 'floating values'),
-    'NaN': ('m.tif', lambda f: Image.fromarray(MASK * np.float32('nan')).save(f), 'floating values'),
+    'floats': ('m.tif', lambda f: Image.fromarray(MASK * np.float32(1)).save(f), 'TIFF F of 32 bits'),
+    'NaN': ('m.tif', lambda f: Image.fromarray(MASK * np.float32('nan')).save(f), 'TIFF F of 32 bits'),
     # Pillow writes no signed bytes: the tag SampleFormat says so.
     'signed': ('m.tif', lambda f: Image.fromarray(MASK).save(f, tiffinfo={339: 2}), 'signed bytes'),
     'white is 0': ('m.tif', lambda f: Image.fromarray(MASK).save(f, tiffinfo={262: 0}), '0 is white'),
@@ -173,10 +177,10 @@ NOT_PLAIN = {
         'm.tif', lambda f: Image.fromarray(np.uint16(MASK)).save(f, tiffinfo={262: 0}), '0 is white'),
     'alpha': ('m.png', lambda f: alpha_of('LA', 255 * MASK).save(f), 'transparent pixels'),
     'colour and alpha': ('m.png', lambda f: alpha_of('RGBA', 99 * MASK).save(f), 'transparent pixels'),
-    'deep alpha': ('m.png', lambda f: save_deep(f, DEEP), 'colours or alpha of 16 bits'),
-    'deep colours': ('m.png', lambda f: save_deep(f, DEEP[..., :3]), 'colours or alpha of 16 bits'),
-    'LAB': ('m.tif', lambda f: Image.new('LAB', (30, 20)).save(f), 'pixels of the kind LAB'),
-    'CMYK': ('m.tif', lambda f: Image.new('CMYK', (30, 20)).save(f), 'pixels of the kind CMYK'),
+    'deep alpha': ('m.png', lambda f: save_deep(f, DEEP), 'PNG RGBA of 16 bits'),
+    'deep colours': ('m.png', lambda f: save_deep(f, DEEP[..., :3]), 'PNG RGB of 16 bits'),
+    'LAB': ('m.tif', lambda f: Image.new('LAB', (30, 20)).save(f), 'TIFF LAB of 8 bits'),
+    'CMYK': ('m.tif', lambda f: Image.new('CMYK', (30, 20)).save(f), 'TIFF CMYK of 8 bits'),
 }  # fmt: skip
 
 
@@ -188,22 +192,22 @@ def test_masks_that_are_not_plain_are_refused_with_the_way_to_a_plain_one(tmp_pa
         with pytest.raises(
             config.UserMistake, match=rf'{name}: a mask .*{words}.*"Make any mask plain"'
         ):
-            masks.read_mask(tmp_path / name, *rule)
+            images.read_mask(tmp_path / name, *rule)
 
 
 def test_a_mask_of_16_bits_is_not_read_by_its_colours(tmp_path):
     Image.fromarray(MASK.astype(np.uint16) * 65535).save(tmp_path / 'm.png')
-    assert np.array_equal(masks.read_mask(tmp_path / 'm.png'), MASK)
-    with pytest.raises(config.UserMistake, match='m.png: MASK_COLOURS cannot read 16 or 32 bits'):
-        masks.read_mask(tmp_path / 'm.png', colours=[BLACK, RED])
+    assert np.array_equal(images.read_mask(tmp_path / 'm.png'), MASK)
+    with pytest.raises(config.UserMistake, match='m.png: MASK_COLOURS with 16 or 32 bits'):
+        images.read_mask(tmp_path / 'm.png', colours=[BLACK, RED])
 
 
 @pytest.mark.parametrize('mode', ['LA', 'RGBA'])
 def test_an_opaque_alpha_channel_passes(tmp_path, mode):
     alpha_of(mode, np.full_like(MASK, 255)).save(tmp_path / 'm.png')
-    assert np.array_equal(masks.read_mask(tmp_path / 'm.png'), MASK)
+    assert np.array_equal(images.read_mask(tmp_path / 'm.png'), MASK)
     colours = [BLACK, (255, 255, 255)]
-    assert np.array_equal(masks.read_mask(tmp_path / 'm.png', colours=colours), MASK)
+    assert np.array_equal(images.read_mask(tmp_path / 'm.png', colours=colours), MASK)
 
 
 @pytest.mark.parametrize('dtype', [np.int16, np.int32])
@@ -214,37 +218,37 @@ def test_negative_labels_are_refused_or_ignored(tmp_path, dtype, ignored):
     file = tmp_path / 'm.tif'
     cv2.imwrite(str(file), labels)
     with pytest.raises(config.UserMistake, match=f'mask values {ignored}, 0, 1'):
-        masks.read_mask(file)
-    mask = masks.read_mask(file, ignore_index=ignored)
+        images.read_mask(file)
+    mask = images.read_mask(file, ignore_index=ignored)
     assert (mask[15:] == 255).all() and np.array_equal(mask[:15], MASK[:15])
-    assert masks.ignored_value(ignored) == 255
+    assert images.ignored_value(ignored) == 255
 
 
 def test_an_ignored_value_above_8_bits(tmp_path):
     labels = MASK.astype(np.uint16) * 2
     labels[15:] = 65535
     Image.fromarray(labels).save(tmp_path / 'm.png')
-    mask = masks.read_mask(tmp_path / 'm.png', 3, 65535)
+    mask = images.read_mask(tmp_path / 'm.png', 3, 65535)
     assert (mask[15:] == 255).all() and np.array_equal(mask[:15], 2 * MASK[:15])
 
 
 def test_pages_are_refused_but_not_an_overview(tmp_path):
     page = Image.fromarray(MASK)
     page.save(tmp_path / 'm.tif', save_all=True, append_images=[page, page])
-    for read in (masks.read_mask, images.read_image, images.check, masks.check):
+    for read in (images.read_mask, images.read_image, images.check, check_mask):
         with pytest.raises(config.UserMistake, match=r'm\.tif: a TIFF of 3 pages'):
             read(tmp_path / 'm.tif')
     other = Image.fromarray(1 - MASK)
     page.save(tmp_path / 'm.gif', save_all=True, append_images=[other])
-    for check in (images.check, masks.check):
+    for check in (images.check, check_mask):
         with pytest.raises(config.UserMistake, match=r'm\.gif: it is animated'):
             check(tmp_path / 'm.gif')
     small = Image.fromarray(MASK[::2, ::2])
     small.encoderinfo = {'tiffinfo': {images.SUBFILE_TYPE: 1}}
     page.save(tmp_path / 'pyramid.tif', save_all=True, append_images=[small])
     assert Image.open(tmp_path / 'pyramid.tif').n_frames == 2
-    assert masks.check(tmp_path / 'pyramid.tif').size == MASK.shape
-    assert np.array_equal(masks.read_mask(tmp_path / 'pyramid.tif'), MASK)
+    assert check_mask(tmp_path / 'pyramid.tif').size == MASK.shape
+    assert np.array_equal(images.read_mask(tmp_path / 'pyramid.tif'), MASK)
 
 
 def test_what_is_no_image_is_told_in_true_words(tmp_path):
@@ -255,15 +259,18 @@ def test_what_is_no_image_is_told_in_true_words(tmp_path):
     tags = b''.join(struct.pack('<HHII', tag, kind, 1, value) for tag, kind, value in entries)
     tiff = b'II*\0' + struct.pack('<I', 40) + bytes(32) + struct.pack('<H', len(entries)) + tags
     written = {
-        'whole numbers of 64 bits.tif': (tiff + bytes(4), 'a TIFF that Pillow does not read'),
+        'whole numbers of 64 bits.tif': (
+            tiff + bytes(4),
+            'Pillow does not read files of this kind',
+        ),
         'pointer.png': (b'version https://git-lfs.github.com/spec/v1\n', 'a Git LFS pointer'),
         'link.png': (b'../elsewhere/002.png\n', 'it is a text file'),
-        'array.npy': (b'\x93NUMPY\x01\0v\0', 'of a format that Pillow does not know'),
+        'array.npy': (b'\x93NUMPY\x01\0v\0', 'Pillow does not read files of this kind'),
         'empty.png': (b'', 'it is empty'),
     }
     for name, (data, words) in written.items():
         (tmp_path / name).write_bytes(data)
-        for read in (images.check, masks.check, images.read_image, masks.read_mask):
+        for read in (images.check, check_mask, images.read_image, images.read_mask):
             with pytest.raises(
                 config.UserMistake, match=rf'{name}: not a readable image .*{words}'
             ):
@@ -272,7 +279,9 @@ def test_what_is_no_image_is_told_in_true_words(tmp_path):
     with pytest.raises(config.UserMistake, match=r'broken\.png: a broken link to gone\.png'):
         images.check(tmp_path / 'broken.png')
     Image.new('LAB', (30, 20)).save(tmp_path / 'lab.tif')
-    with pytest.raises(config.UserMistake, match=r'lab\.tif: pixels of the kind LAB: convert it'):
+    with pytest.raises(
+        config.UserMistake, match=r'lab\.tif: LAB of 8 bits per channel: convert it'
+    ):
         images.check(tmp_path / 'lab.tif')
 
 
@@ -295,8 +304,8 @@ def test_a_palette_that_does_not_begin_with_black_is_read_by_its_colours_alone(o
         assert np.array_equal(mask, MASK)
     palette(1 - MASK, (255, 255, 255), BLACK).save(own.folder / 'msk/0.png')
     with pytest.raises(config.UserMistake, match='not black'):
-        masks.read_mask(own.folder / 'msk/0.png')
-    assert np.array_equal(masks.read_mask(own.folder / 'msk/0.png', classes=3), 1 - MASK)
+        images.read_mask(own.folder / 'msk/0.png')
+    assert np.array_equal(images.read_mask(own.folder / 'msk/0.png', classes=3), 1 - MASK)
 
 
 @pytest.mark.parametrize('colours', [2, 3, 5, 20])
@@ -305,15 +314,15 @@ def test_palettes_of_1_2_4_and_8_bits_hold_values(tmp_path, colours):
     picture = palette(values, *[(0, 9 * n, 255 - n) for n in range(colours)])
     for ending, options in (('.png', {}), ('.tif', {}), ('.bmp', {}), ('.gif', {})):
         picture.save(tmp_path / f'm{ending}', **options)
-        assert np.array_equal(masks.read_mask(tmp_path / f'm{ending}', classes=20), values)
+        assert np.array_equal(images.read_mask(tmp_path / f'm{ending}', classes=20), values)
 
 
 def test_a_gif_that_is_all_white_is_an_object(tmp_path):
     Image.new('L', (8, 8), 255).save(tmp_path / 'm.gif')
-    assert masks.read_mask(tmp_path / 'm.gif').all()
+    assert images.read_mask(tmp_path / 'm.gif').all()
     picture = palette(0 * MASK, (255, 255, 255))
     picture.save(tmp_path / 'm.gif')
-    assert masks.read_mask(tmp_path / 'm.gif').all()
+    assert images.read_mask(tmp_path / 'm.gif').all()
 
 
 def test_palettes_of_all_masks_are_compared(own, monkeypatch):
@@ -346,26 +355,26 @@ def test_colours_by_a_list(tmp_path):
     values[:5], values[5:9] = 1, 2
     file = tmp_path / 'm.png'
     Image.fromarray(np.uint8(colours)[values]).save(file)
-    assert np.array_equal(masks.read_mask(file, 3, None, colours), values)
-    larger = masks.read_mask(file, 3, None, colours, (40, 60))
+    assert np.array_equal(images.read_mask(file, 3, None, colours), values)
+    larger = images.read_mask(file, 3, None, colours, (40, 60))
     assert np.array_equal(larger, values.repeat(2, 0).repeat(2, 1))
-    with pytest.raises(config.UserMistake, match=r'does not list: \(0, 0, 255\): add'):
-        masks.read_mask(file, 2, None, colours[:2])
+    with pytest.raises(config.UserMistake, match=r'does not list \(0, 0, 255\): add'):
+        images.read_mask(file, 2, None, colours[:2])
     assert np.array_equal(
-        masks.read_mask(file, 2, 7, colours[:2]), np.where(values == 2, 7, values)
+        images.read_mask(file, 2, 7, colours[:2]), np.where(values == 2, 7, values)
     )
     with pytest.raises(config.UserMistake, match='a coloured mask, .*: set MASK_COLOURS'):
-        masks.read_mask(file)
+        images.read_mask(file)
     Image.fromarray(255 * MASK).convert('1').save(file)  # the object is black
-    assert np.array_equal(masks.read_mask(file, colours=[(255, 255, 255), BLACK]), 1 - MASK)
+    assert np.array_equal(images.read_mask(file, colours=[(255, 255, 255), BLACK]), 1 - MASK)
 
 
 @pytest.mark.filterwarnings('error')
 def test_a_palette_with_transparent_entries_is_a_palette(tmp_path):
     file = tmp_path / 'm.png'
     palette(MASK, BLACK, RED).save(file, transparency=bytes([0, 255]))
-    assert np.array_equal(masks.read_mask(file), MASK)
-    assert np.array_equal(masks.read_mask(file, colours=[BLACK, RED]), MASK)
+    assert np.array_equal(images.read_mask(file), MASK)
+    assert np.array_equal(images.read_mask(file, colours=[BLACK, RED]), MASK)
     assert np.array_equal(images.read_image(file)[..., 0] > 0, MASK)
 
 
@@ -374,14 +383,14 @@ def test_grey_levels_and_numbered_objects_are_told_with_the_way_out(tmp_path):
     values[12:] = 2
     file = tmp_path / 'm.png'
     Image.fromarray(values).save(file)
-    told = r'm\.png: mask values 0, 1, 2; CLASSES=1 .*set CLASSES; .*merge the objects \(mask > 0\)'
+    told = r'm\.png: mask values 0, 1, 2; CLASSES=1 .*set CLASSES.*merge the objects \(mask > 0\)'
     with pytest.raises(config.UserMistake, match=told):
-        masks.read_mask(file)
+        images.read_mask(file)
     Image.fromarray(np.uint8([0, 206, 210])[values]).save(file)
     with pytest.raises(config.UserMistake, match='mask values 206, 210; CLASSES=3 .*MASK_COLOURS'):
-        masks.read_mask(file, 3)
+        images.read_mask(file, 3)
     greys = [BLACK, (206, 206, 206), (210, 210, 210)]
-    assert np.array_equal(masks.read_mask(file, 3, colours=greys), values)
+    assert np.array_equal(images.read_mask(file, 3, colours=greys), values)
 
 
 @pytest.mark.parametrize('values', [MASK, 38 * MASK, np.dstack([0 * MASK, 0 * MASK, 255 * MASK])])
@@ -391,12 +400,22 @@ def test_jpeg_masks_that_would_be_empty_are_refused(tmp_path, values):
     )
     if values.max() > 1:
         with pytest.raises(config.UserMistake, match=r'm\.jpg: JPEG blurs values'):
-            masks.read_mask(tmp_path / 'm.jpg')
+            images.read_mask(tmp_path / 'm.jpg')
     for rule in ((3,), (2, None, [BLACK, RED])):
-        with pytest.raises(config.UserMistake, match=r'm\.jpg: JPEG blurs .*MASK_COLOURS is None'):
-            masks.read_mask(tmp_path / 'm.jpg', *rule)
+        with pytest.raises(config.UserMistake, match=r'm\.jpg: JPEG blurs .*MASK_COLOURS=None'):
+            images.read_mask(tmp_path / 'm.jpg', *rule)
     Image.fromarray(MASK).save(tmp_path / 'm.webp', lossless=True)
-    assert np.array_equal(masks.read_mask(tmp_path / 'm.webp'), MASK)
+    assert np.array_equal(images.read_mask(tmp_path / 'm.webp'), MASK)
+
+
+def test_a_jpeg_mask_whose_object_vanishes_when_resized_is_empty_and_not_refused(tmp_path):
+    values = np.zeros((200, 200), np.uint8)
+    values[11:16, 11:16] = 255
+    values[10, 10] = 90  # its edge, the only pixel of it that stays
+    file = tmp_path / 'm.jpg'
+    Image.fromarray(values).save(file, quality=95)
+    assert 1 < np.array(Image.open(file))[10::20, 10::20].max() < 128
+    assert not images.read_mask(file, size=(10, 10)).any() and images.read_mask(file).any()
 
 
 # ------------------------------------------------------------ D. one listing
@@ -449,7 +468,7 @@ def test_a_file_that_may_be_an_image_and_a_mask_is_refused(own):
     """As in DSB2018: x/images/x.png, and a mask for each object in x/masks."""
     own('x/images/x', mask=None)
     own('x/masks/1', MASK, mask=None)
-    told = r'x\.png. may be an image or a mask: .*merge the masks of its objects'
+    told = r'x\.png. may be an image or a mask: .*merge the masks of an image into one'
     for link in (config.TRAIN_PATH, str(own.folder / 'link')):
         (own.folder / 'link').unlink(missing_ok=True)
         (own.folder / 'link').symlink_to(config.TRAIN_PATH)
@@ -612,7 +631,9 @@ def test_names_with_odd_spaces_are_read(own):
 def test_an_image_without_a_mask_is_background_for_who_says_so(own):
     for number in range(4):
         own(f'{number}', mask=MASK if number else None)
-    told = '1 images have no mask .*: 0: list the other images in a TRAIN_CSV .*EMPTY.* really hold'
+    told = (
+        '1 images have no mask .*: 0: list the other images in a TRAIN_CSV; .*EMPTY.* really hold'
+    )
     with pytest.raises(config.UserMistake, match=told):
         decide()
     decide(EMPTY_IF_NO_MASK=True)
@@ -623,7 +644,7 @@ def test_an_image_without_a_mask_is_background_for_who_says_so(own):
     assert list(pairs()) == ['1', '2', '3']
     table.write_text('img\nimg/1.png\nimg/2.png\n')
     with pytest.raises(
-        config.UserMistake, match='img/1, img/2: .*names are relative to TRAIN_PATH'
+        config.UserMistake, match='img/1, img/2: correct TRAIN_CSV .relative to TRAIN_PATH'
     ):
         decide()
 
@@ -631,7 +652,7 @@ def test_an_image_without_a_mask_is_background_for_who_says_so(own):
 def test_masks_named_otherwise_are_told_with_the_constants_of_names(own):
     for number in range(2):
         own(f'image_{number}', mask_name=f'mask_{number}')
-    told = '2 images have no mask .*a mask here has the name mask_0: .*IMAGE_PREFIX.*MASK_PREFIX'
+    told = '2 images have no mask .*a mask has the name mask_0: set prefixes and suffixes'
     with pytest.raises(config.UserMistake, match=told):
         decide()
     decide(IMAGE_PREFIX='image_', MASK_PREFIX='mask_')
@@ -648,7 +669,7 @@ def test_several_masks_of_an_image_are_told_where_they_would_be_hidden(own, part
     own(f'x0{part}', mask=None)
     with pytest.raises(config.UserMistake, match='1 images have no mask'):
         decide(EMPTY_IF_NO_MASK=False)
-    with pytest.raises(config.UserMistake, match='the image x0 has more than one mask, .*merge'):
+    with pytest.raises(config.UserMistake, match=': x0 has more than one mask: merge'):
         decide(EMPTY_IF_NO_MASK=True)
 
 
@@ -674,7 +695,7 @@ def test_a_training_image_that_is_gone_is_told_in_one_line(own):
         own(f'{number}')
     decide()
     (own.folder / 'img/2.png').unlink()
-    told = '^1 images have no image file in TRAIN_PATH: 2: put them back'
+    told = '^1 images are not in TRAIN_PATH: 2: .*run folds.py'
     with pytest.raises(config.UserMistake, match=told):
         Lightning_tester.score_out_of_fold({0: ModelStub(), 1: ModelStub()})
 
@@ -701,8 +722,8 @@ def test_the_submission_has_the_order_of_run_lengths(own, monkeypatch):
         Lightning_tester.predict_test([model], 0.5, predictor.list_test_files(model))
         texts.append(pd.read_csv(own.folder / 'out/submission.csv').rle_mask[0])
     assert texts[0] != texts[1]
-    assert np.array_equal(masks.rle_decode(texts[0], (48, 64)), shown[0]) and shown[0].any()
-    assert np.array_equal(masks.rle_decode(texts[1], (48, 64), 'columns'), shown[0])
+    assert np.array_equal(images.rle_decode(texts[0], (48, 64)), shown[0]) and shown[0].any()
+    assert np.array_equal(images.rle_decode(texts[1], (48, 64), 'columns'), shown[0])
     assert np.array_equal(shown[0], shown[1])
 
 
@@ -747,7 +768,7 @@ def test_a_large_scan_is_an_image(tmp_path):
     file = tmp_path / 'large.png'
     Image.new('1', (14000, 14000), 1).save(file)
     assert images.check(file).size == (14000, 14000)
-    assert masks.read_mask(file, size=(8, 8)).all()
+    assert images.read_mask(file, size=(8, 8)).all()
 
 
 # ------------------------------------------------------------ I. what folds hold
@@ -767,7 +788,7 @@ def test_folds_are_alike_in_size_and_in_what_masks_hold(capsys):
         assert sorted(table[table.img < '08'].kfold.value_counts()) == [1, 1, 2, 2, 2]
     folds.print_folds(table, classes)
     rows = [row.split() for row in capsys.readouterr().out.splitlines()]
-    assert rows[0] == ['images', 'groups', 'foreground'] and ['all', '40', '40', '8'] in rows
+    assert rows[0] == ['images', 'groups', 'class', '1'] and ['all', '40', '40', '8'] in rows
 
 
 def test_the_rarest_class_is_balanced_and_masks_that_are_not_decoded_count_by_themselves():
@@ -800,18 +821,18 @@ def test_jpeg_masks_whose_values_gather_at_both_ends(own, capsys):
             mask_options={'quality': 90})  # fmt: skip
     decide(MASK_SUFFIX='.jpg')
     assert '4 masks are JPEG files, which is lossy: 128 and above' in capsys.readouterr().out
-    mask = masks.read_mask(own.folder / 'msk/3.jpg')
+    mask = images.read_mask(own.folder / 'msk/3.jpg')
     assert (mask != disc).mean() < 0.002
     smooth = np.tile(np.linspace(0, 255, 128).astype(np.uint8), (96, 1))
     own('3', np.dstack([smooth] * 3), smooth, '3.jpg')
-    with pytest.raises(config.UserMistake, match=r'3\.jpg: JPEG blurs values.* 50% lie from 64'):
+    with pytest.raises(config.UserMistake, match=r'3\.jpg: JPEG blurs values .50% lie from 64'):
         decide(MASK_SUFFIX='.jpg')
 
 
 def test_run_lengths_stand_in_for_mask_files(own):
     for number in range(4):
         own(f'{number}', mask=None)
-    rows = {'img': [f'{n}.png' for n in range(4)], 'rle_mask': [masks.rle_encode(MASK)] * 3 + ['']}
+    rows = {'img': [f'{n}.png' for n in range(4)], 'rle_mask': [images.rle_encode(MASK)] * 3 + ['']}
     table, config.TRAIN_CSV = pd.DataFrame(rows), str(own.folder / 'train.csv')
     table.to_csv(config.TRAIN_CSV, index=False)
     decide()
@@ -819,7 +840,7 @@ def test_run_lengths_stand_in_for_mask_files(own):
     assert np.array_equal(found['0'], MASK) and not found['3'].any()
     config.CACHE = True
     assert np.array_equal(pairs()['0'][1], MASK)
-    table['rle_mask'] = [masks.rle_encode(MASK, 'columns')] * 4
+    table['rle_mask'] = [images.rle_encode(MASK, 'columns')] * 4
     table.to_csv(config.TRAIN_CSV, index=False)
     config.RLE_ORDER = 'columns'
     assert all(np.array_equal(mask, MASK) for _, mask in pairs().values())
@@ -828,9 +849,7 @@ def test_run_lengths_stand_in_for_mask_files(own):
     data = dataset.CarvanaDataset([0, 1], train=False)
     assert {file.order for _, file in data.files} == {'rows'}  # it goes to spawned workers
     config.CLASSES = 3
-    with pytest.raises(
-        config.UserMistake, match='rle_mask in TRAIN_CSV has one class, but CLASSES=3'
-    ):
+    with pytest.raises(config.UserMistake, match='rle_mask has one class, but CLASSES=3'):
         decide()
     config.CLASSES = 1
     table.rle_mask = '1 100000'
@@ -857,10 +876,10 @@ def test_zeros_at_the_end_of_a_png_are_found_in_step_1(tmp_path):
     Image.fromarray(255 * cv2.circle(np.zeros((400, 600), np.uint8), (150, 120), 80, 1, -1)).save(
         file
     )
-    masks.check(file)
+    check_mask(file)
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 4] + bytes(len(whole) - len(whole) // 4))
-    for check in (images.check, masks.check):
+    for check in (images.check, check_mask):
         with pytest.raises(config.UserMistake, match=r'm\.png: not a readable image \(broken PNG'):
             check(file)
 
@@ -894,9 +913,9 @@ def test_masks_are_read_as_the_readme_says(tmp_path):
             assert cell.startswith('refused') == (mask is None), row
             if mask is None:
                 with pytest.raises(config.UserMistake, match=file.name):
-                    masks.read_mask(file, classes, **keywords)
+                    images.read_mask(file, classes, **keywords)
             else:
-                assert np.array_equal(masks.read_mask(file, classes, **keywords), mask), row
+                assert np.array_equal(images.read_mask(file, classes, **keywords), mask), row
 
 
 FLOATS = np.where(MASK, 1, np.nan).astype(np.float32)
@@ -919,7 +938,7 @@ def test_the_readmes_lines_make_any_mask_plain(tmp_path, monkeypatch, line, arra
         picture = array if isinstance(array, Image.Image) else Image.fromarray(array)
         picture.save('m.png')
     exec(f'{imports}\n{ways[line]}\n{save}', {'array': array, 'file': 'm.png'})
-    assert np.array_equal(masks.read_mask(tmp_path / 'mask.png'), MASK)
+    assert np.array_equal(images.read_mask(tmp_path / 'mask.png'), MASK)
 
 
 def test_the_readmes_lines_make_one_row_for_each_image(own, monkeypatch):
@@ -928,14 +947,14 @@ def test_the_readmes_lines_make_one_row_for_each_image(own, monkeypatch):
     rows = [
         'ImageId,EncodedPixels',
         '1.png,',
-        *(f'{n}.png,{masks.rle_encode(MASK, "columns")}' for n in '23'),
+        *(f'{n}.png,{images.rle_encode(MASK, "columns")}' for n in '23'),
     ]
-    rows[1:1] = [f'0.png,{masks.rle_encode(part, "columns")}' for part in parts]
+    rows[1:1] = [f'0.png,{images.rle_encode(part, "columns")}' for part in parts]
     monkeypatch.chdir(own.folder)
     (own.folder / 'train.csv').write_text('\n'.join(rows))
     for number in range(4):
         own(f'{number}', mask=None)
-    with pytest.raises(config.UserMistake, match='no column img, only ImageId, .*lines of pandas'):
+    with pytest.raises(config.UserMistake, match='no column img, only ImageId, .*Your own images'):
         decide(TRAIN_CSV=str(own.folder / 'train.csv'))
     block = next(b for b in README.split('```python\n') if 'read_csv' in b).split('```')[0]
     exec(block, {})

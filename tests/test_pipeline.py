@@ -14,7 +14,7 @@ import command_line
 import config
 import files
 import folds
-import masks
+import images
 from dataset import CarvanaDataset
 from Lightning_module import CarvanaModel
 
@@ -117,7 +117,7 @@ def test_the_submission_decodes_to_masks_that_fit(trained):
     assert list(table.columns) == ['img', 'rle_mask']
     assert table.img.tolist() == sorted(f.name for f in (folder / 'input/test_hq').iterdir())
     for row in table.itertuples():
-        mask = masks.rle_decode(row.rle_mask, (48, 64))
+        mask = images.rle_decode(row.rle_mask, (48, 64))
         bright = np.array(Image.open(folder / 'input/test_hq' / row.img)).mean(2) > 115
         assert 2 * (mask & bright).sum() / (mask.sum() + bright.sum()) > 0.7
 
@@ -133,7 +133,7 @@ def test_a_checkpoint_and_a_folder_are_enough_to_predict(trained, tmp_path, monk
     table = pd.read_csv(tmp_path / 'out/submission.csv')
     for row in table.itertuples():
         png = np.array(Image.open(tmp_path / 'out/test_masks' / row.img.replace('.jpg', '.png')))
-        assert np.array_equal(png, 255 * masks.rle_decode(row.rle_mask, (48, 64)))
+        assert np.array_equal(png, 255 * images.rle_decode(row.rle_mask, (48, 64)))
 
 
 def test_a_broken_image_is_named_by_the_worker_that_meets_it(carvana, monkeypatch):

@@ -15,7 +15,6 @@ import files
 import folds
 import images
 import Lightning_tester
-import masks
 import predictor
 from Lightning_module import CarvanaModel
 
@@ -54,7 +53,7 @@ def test_images_of_every_kind_give_the_right_answer(model, tmp_path):
     rows = submission(model)
     assert rows['rgb.png'] and rows['rgb.png'] == rows['rgba.png'] == rows['turned.png']
     assert rows['grey.png'] == rows['grey_rgb.png'] != rows['rgb.png']
-    assert masks.rle_decode(rows['turned.png'], (48, 64)).any()
+    assert images.rle_decode(rows['turned.png'], (48, 64)).any()
 
 
 def test_images_of_different_sizes_share_a_batch(model, tmp_path):
@@ -64,7 +63,7 @@ def test_images_of_different_sizes_share_a_batch(model, tmp_path):
         )
     rows = submission(model)
     for number, size in enumerate([(40, 60), (61, 33), (32, 32)]):
-        mask = masks.rle_decode(rows[f'{number}.png'], size)
+        mask = images.rle_decode(rows[f'{number}.png'], size)
         batch = predictor.ImageBatches([tmp_path / f'test/{number}.png'], model)
         (alone,) = predictor.predict(predictor.Predictor([model], [0.5]), batch)
         assert mask.shape == alone.shape and (mask != alone).mean() < 1e-3
@@ -240,7 +239,7 @@ def test_a_list_of_checkpoints_predicts_their_mean_and_scores_nothing(model, tmp
     mask = (sum(parts) / 2 > 0.5)[0, 0].numpy()
     assert 0 < mask.mean() < 1 and ((parts[0] > 0.5)[0, 0].numpy() != mask).any()
     text = (tmp_path / 'output/submission.csv').read_text()
-    assert text == f'img,rle_mask\na.png,{masks.rle_encode(mask)}\n'
+    assert text == f'img,rle_mask\na.png,{images.rle_encode(mask)}\n'
     written = {file.name for file in (tmp_path / 'output').iterdir() if file.name[0] != '.'}
     assert written == {'submission.csv', 'test_samples.png'}
 
@@ -424,13 +423,15 @@ def test_a_name_as_long_as_a_file_system_takes_has_its_mask_written(model, tmp_p
     config.SAVE_MASKS = True
     rows = submission(model)
     mask = np.array(Image.open(tmp_path / 'output/test_masks' / name))
-    assert np.array_equal(mask, 255 * masks.rle_decode(rows[name], (48, 64)))
+    assert np.array_equal(mask, 255 * images.rle_decode(rows[name], (48, 64)))
     assert [file.name for file in (tmp_path / 'output/test_masks').iterdir()] == [name]
 
 
 def test_what_is_not_predicted_is_told(model, tmp_path, capsys):
     (tmp_path / 'test/a.jpg').write_bytes(b'')
-    with pytest.raises(config.UserMistake, match=r'no file \*.png, found .jpg 1: .* TEST_SUFFIX'):
+    with pytest.raises(
+        config.UserMistake, match=r'no image file of TEST_SUFFIX=.\.png., found .jpg 1: '
+    ):
         predict(model)
     (tmp_path / 'test/a.png').write_bytes(b'')
     config.TEST_CSV = str(tmp_path / 'list.csv')

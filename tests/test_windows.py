@@ -17,7 +17,6 @@ import folds
 import images
 import Lightning_tester
 import Lightning_trainer
-import masks
 import metrics
 
 
@@ -156,7 +155,7 @@ def test_a_training_on_crops_and_its_scores_at_the_images_own_size(discs, capsys
     submission = pd.read_csv(discs / 'output/submission.csv')
     for row in submission.itertuples():
         truth = np.array(Image.open(discs / 'test/msk' / row.img)) > 0
-        found = masks.rle_decode(row.rle_mask, truth.shape)
+        found = images.rle_decode(row.rle_mask, truth.shape)
         assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.9
 
 
