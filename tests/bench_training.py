@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'src'))
+os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # as in Lightning_trainer.py, before torch
 
 import numpy as np
 import pytorch_lightning as pl
@@ -185,7 +187,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument('--smallest', action='store_true')
     smallest = parser.parse_args().smallest
-    os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'
     runtime.hide_warnings()
     with tempfile.TemporaryDirectory() as folder:
         size = (96, 64) if smallest else (1918, 1280)
