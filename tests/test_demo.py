@@ -1,8 +1,15 @@
-"""The demo's cars: files as Carvana's, masks that fit their images, the same cars every time."""
+"""The demo's cars: files as Carvana's, masks that fit their images, the same cars every time;
+the three steps run on them."""
+
+import subprocess
+import sys
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
+import yaml
+from conftest import SRC, environment
 from PIL import Image
 
 import demo
@@ -94,3 +101,57 @@ def test_the_users_arguments_win_but_for_the_paths():
         given[-2:] == ['INPUT=/x/demo', 'EPOCHS=2'] and f'EPOCHS={demo.SETTINGS["EPOCHS"]}' in given
     )
     assert demo.size('1918x1280') == (1918, 1280)
+
+
+SCRIPT = """
+import os, pathlib, sys, time
+own, other, status = sys.argv[1:]
+pathlib.Path(own).touch()
+while not pathlib.Path(other).exists():
+    time.sleep(0.01)
+print(f'{own} with {os.environ["OMP_NUM_THREADS"]} threads')
+sys.exit(int(status))
+"""
+
+
+def test_runs_side_by_side_share_the_cores_and_a_failure_ends_the_demo(
+    tmp_path, monkeypatch, capfd
+):
+    (tmp_path / 'src').mkdir()
+    (tmp_path / 'src' / 'wait.py').write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo.config, 'path', tmp_path.joinpath)
+    monkeypatch.setattr(demo.config, 'cpu_count', lambda: 5)
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    demo.run('wait.py', ['a', 'b', '0'], ['b', 'a', '0'])
+    title, *lines = capfd.readouterr().out.split('\n')[1:-1]
+    assert title == '--- python wait.py'
+    assert sorted(lines) == ['a with 2 threads', 'b with 2 threads']
+    demo.run('wait.py', ['a', 'a', '0'])
+    assert capfd.readouterr().out.endswith('\na with 5 threads\n')
+    monkeypatch.setenv('OMP_NUM_THREADS', '3')
+    with pytest.raises(SystemExit) as stop:
+        demo.run('wait.py', ['c', 'd', '0'], ['d', 'c', '7'])
+    assert stop.value.code == 7
+    assert sorted(capfd.readouterr().out.split('\n')[-3:-1]) == [
+        'c with 3 threads', 'd with 3 threads',
+    ]  # fmt: skip
+
+
+def test_the_demo_scores_every_car_by_a_model_that_never_saw_it(tmp_path):
+    paths = [f'{name}={tmp_path}/{name}' for name in ('INPUT', 'OUTPUT', 'LOGS_PATH')]
+    words = ['--cars', '4', '--test-cars', '1', '--size', '60x40', *paths]
+    words += ['CROP_SIZE=32', 'EPOCHS=1', 'N_FOLDS=2', 'FOLDS=[0, 1]']
+    command = [sys.executable, SRC / 'demo.py', *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / 'OUTPUT/demo/oof.csv')
+    assert len(table) == 64 and table.img.is_unique
+    assert table.groupby(table.img.str[:12]).kfold.nunique().eq(1).all()
+    models = pd.read_csv(tmp_path / 'OUTPUT/demo/models.csv').set_index('fold')
+    for fold in (0, 1):
+        folder = tmp_path / 'LOGS_PATH/demo' / models.version[fold]
+        hparams = yaml.safe_load((folder / 'hparams.yaml').read_text())
+        assert (hparams['train_folds'], hparams['val_folds']) == ([1 - fold], [fold])
+    assert len(pd.read_csv(tmp_path / 'OUTPUT/demo/submission.csv')) == 16
+    assert (tmp_path / 'OUTPUT/demo/oof_worst.png').exists()
