@@ -88,8 +88,13 @@ def models_file() -> Path:
 
 def read_models(file: Path | None = None) -> pd.DataFrame:
     """A models.csv, by default that of OUTPUT: one row per trained fold."""
-    table = read_table(file or models_file(), MODEL_COLUMNS, 'run Lightning_trainer.py')
-    return table.astype({'fold': int, 'val_dice': float, 'val_iou': float})
+    file = file or models_file()
+    table = read_table(file, MODEL_COLUMNS, 'run Lightning_trainer.py')
+    try:
+        return table.astype({'fold': int, 'val_dice': float, 'val_iou': float})
+    except ValueError as error:
+        remedy = 'remove it and run Lightning_trainer.py RESUME=True'
+        raise config.UserMistake(f'{file}: {config.shorten(error)}: {remedy}') from None
 
 
 def enter_model(fold: int, version: str, checkpoint: Path, scores: dict) -> None:
