@@ -62,39 +62,59 @@ BENCHMARKS = {
 }
 
 
-@pytest.mark.parametrize('script', BENCHMARKS)
-def test_a_benchmark_prints_its_rows(script, tmp_path, monkeypatch, capsys):
+# These train in processes of their own. They run side by side, and beside the others.
+SLOW = ('bench_schedules', 'bench_training', 'bench_gpu')
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope='module')
+def running(tmp_path_factory):
+    """The processes of SLOW, and the file of bench_gpu."""
+    file = tmp_path_factory.mktemp('gpu') / 'gpu.txt'
+    small = {'SEEDS': '1', 'OPTIMIZERS': 'Adam', 'CARS': '3', 'COPIES': '1', 'N_FOLDS': '3'}
+    small |= {'SIZE': '128', 'BATCH': '2', 'STEPS': '2', 'DRAW': '96x64', 'PARTS': '32'}
+    small |= {'ANY_DEVICE': '1', 'MODEL': 'smp_linknet_tu-test_resnet', 'PYTHON': sys.executable}
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    processes = {}
+    for script in SLOW:
+        command = ['bash', HERE / 'bench_gpu.sh', file]
+        if script in BENCHMARKS:
+            command = [sys.executable, HERE / f'{script}.py', *BENCHMARKS[script][0]]
+        processes[script] = subprocess.Popen(command, env=environment() | small, **pipes)
+    yield processes, file
+    for process in processes.values():
+        process.kill()
+
+
+@pytest.mark.parametrize('script', sorted(BENCHMARKS, key=lambda script: script in SLOW))
+def test_a_benchmark_prints_its_rows(running, script, tmp_path, monkeypatch, capsys):
     arguments, rows = BENCHMARKS[script]
     config.INPUT, config.OUTPUT = f'{tmp_path}/input', f'{tmp_path}/output'
-    if script == 'bench_losses':
-        demo.make_dataset(tmp_path / 'input/demo', cars=1, test_cars=0, size=(96, 64))
-    for name, value in {'SEEDS': '1', 'CARS': '3', 'OPTIMIZERS': 'Adam'}.items():
-        monkeypatch.setenv(name, value)  # of bench_schedules
-    monkeypatch.setattr(sys, 'argv', [f'{script}.py', *arguments])
-    importlib.import_module(script).main()
-    told = capsys.readouterr().out
+    if script in SLOW:
+        told, errors = running[0][script].communicate(timeout=300)
+        assert running[0][script].returncode == 0, errors
+    else:
+        if script == 'bench_losses':
+            demo.make_dataset(tmp_path / 'input/demo', cars=1, test_cars=0, size=(96, 64))
+        monkeypatch.setattr(sys, 'argv', [f'{script}.py', *arguments])
+        importlib.import_module(script).main()
+        told = capsys.readouterr().out
     for row in rows:
         assert re.search(row, told), (row, told)
 
 
-def test_no_benchmark_is_left_out():
-    scripts = {file.stem for file in Path(__file__).parent.glob('bench_*.py')}
-    assert set(BENCHMARKS) == scripts - {'bench_gpu'}
-
-
-def test_the_script_for_a_gpu_runs_its_parts(tmp_path):
-    sizes = {'SIZE': '128', 'BATCH': '2', 'STEPS': '2', 'CARS': '3', 'COPIES': '1', 'DRAW': '96x64'}
-    settings = {'ANY_DEVICE': '1', 'MODEL': 'smp_linknet_tu-test_resnet', 'N_FOLDS': '3', **sizes}
-    environ = {**environment(), **settings, 'PARTS': '32', 'PYTHON': sys.executable}
-    script = Path(__file__).with_name('bench_gpu.sh')
-    done = subprocess.run(
-        ['bash', script, tmp_path / 'gpu.txt'], env=environ, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    text = (tmp_path / 'gpu.txt').read_text()
-    assert re.findall(r'--- (.*): status \[0\]', text) == ['draw', 'folds', '32']
-    (row,) = map(json.loads, (tmp_path / 'gpu.txt.rows').read_text().splitlines())
+def test_the_script_for_a_gpu_runs_its_parts(running):
+    processes, file = running
+    _, errors = processes['bench_gpu'].communicate(timeout=300)
+    assert processes['bench_gpu'].returncode == 0, errors
+    assert re.findall(r'--- (.*): status \[0\]', file.read_text()) == ['draw', 'folds', '32']
+    (row,) = map(json.loads, Path(f'{file}.rows').read_text().splitlines())
     assert row['label'] == '32' and row['images_per_second'] > 0
+
+
+def test_no_benchmark_is_left_out():
+    scripts = {file.stem for file in HERE.glob('bench_*.py')}
+    assert set(BENCHMARKS) == scripts - {'bench_gpu'}
 
 
 def test_a_part_that_needs_more_time_than_is_left_is_left_out(tmp_path, capsys):

@@ -1,15 +1,9 @@
 """The demo's cars: files as Carvana's, masks that fit their images, the same cars every time;
-the three steps run on them."""
-
-import subprocess
-import sys
+runs side by side."""
 
 import cv2
 import numpy as np
-import pandas as pd
 import pytest
-import yaml
-from conftest import SRC, environment
 from PIL import Image
 
 import demo
@@ -136,22 +130,3 @@ def test_runs_side_by_side_share_the_cores_and_a_failure_ends_the_demo(
     assert sorted(capfd.readouterr().out.split('\n')[-3:-1]) == [
         'c with 3 threads', 'd with 3 threads',
     ]  # fmt: skip
-
-
-def test_the_demo_scores_every_car_by_a_model_that_never_saw_it(tmp_path):
-    paths = [f'{name}={tmp_path}/{name}' for name in ('INPUT', 'OUTPUT', 'LOGS_PATH')]
-    words = ['--cars', '4', '--test-cars', '1', '--size', '60x40', *paths]
-    words += ['CROP_SIZE=32', 'EPOCHS=1', 'N_FOLDS=2', 'FOLDS=[0, 1]']
-    command = [sys.executable, SRC / 'demo.py', *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
-    table = pd.read_csv(tmp_path / 'OUTPUT/demo/oof.csv')
-    assert len(table) == 64 and table.img.is_unique
-    assert table.groupby(table.img.str[:12]).kfold.nunique().eq(1).all()
-    models = pd.read_csv(tmp_path / 'OUTPUT/demo/models.csv').set_index('fold')
-    for fold in (0, 1):
-        folder = tmp_path / 'LOGS_PATH/demo' / models.version[fold]
-        hparams = yaml.safe_load((folder / 'hparams.yaml').read_text())
-        assert (hparams['train_folds'], hparams['val_folds']) == ([1 - fold], [fold])
-    assert len(pd.read_csv(tmp_path / 'OUTPUT/demo/submission.csv')) == 16
-    assert (tmp_path / 'OUTPUT/demo/oof_worst.png').exists()

@@ -17,6 +17,7 @@ import config
 import folds
 import Lightning_tester
 import Lightning_trainer
+import runtime
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -104,13 +105,15 @@ def test_several_folds_in_one_launch_are_refused(uneven, monkeypatch, variables)
         Lightning_trainer.main()
 
 
-def test_what_lightning_does_not_take_of_srun_is_one_line(uneven, tmp_path):
+def test_what_lightning_does_not_take_of_srun_is_one_line(uneven, monkeypatch):
     """--ntasks without --ntasks-per-node, for one training on two devices."""
     _, words = uneven
-    words = [*words, f'LOGS_PATH={tmp_path}/logs', 'DEVICES=2']
-    result = run_script('Lightning_trainer.py', *words, variables=SRUN)
-    assert result.returncode == 1 and result.stderr.count('\n') == 1, result.stderr
-    assert 'DEVICES=2' in result.stderr and '--ntasks-per-node=2' in result.stderr
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    command_line.override([*words, 'DEVICES=2'])
+    with pytest.raises(config.UserMistake, match='DEVICES=2, .*--ntasks-per-node=2') as raised:
+        runtime.make_trainer()
+    assert '\n' not in str(raised.value)
 
 
 def test_each_task_of_srun_trains_its_own_fold(uneven, tmp_path):

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 import torch
-from conftest import SRC, make_carvana, own_config, run_script, settings
+from conftest import SRC, make_carvana, own_config, settings
 
 import callbacks
 import command_line
@@ -126,12 +126,3 @@ def test_a_file_of_weights_is_not_a_checkpoint(trained, tmp_path):
     remedy = 'set START_FROM to a checkpoint'
     with pytest.raises(config.UserMistake, match='not a checkpoint of Lightning_trainer.py: set'):
         callbacks.read_checkpoint(tmp_path / 'weights.pth', remedy)
-
-
-def test_several_folds_start_in_processes_of_their_own(trained, tmp_path):
-    folder, words = trained
-    words = [*words, f'LOGS_PATH={tmp_path}/logs', f'START_FROM={folder}/output/models.csv']
-    words += [f'OUTPUT={tmp_path}', f'TRAIN_FOLDS={folder}/output/train_folds.csv']
-    result = run_script('Lightning_trainer.py', *words, 'FOLDS=[0, 1]')
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count('starts from') == 2
