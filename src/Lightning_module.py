@@ -146,7 +146,6 @@ class CarvanaModel(pl.LightningModule):
             ) from None
         try:
             self.build_optimizer([logits]).step()
-            self.build_optimizer(self.parameters())
         except (TypeError, ValueError, RuntimeError) as error:
             if self.hparams.OPTIMIZER == 'Adam' and not self.hparams.OPTIMIZER_ARGS:
                 raise
