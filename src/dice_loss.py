@@ -38,6 +38,12 @@ def soft_counts(pixels, batch_dice, do_bg):
     return [total(part, batch_dice) for part in (both, p - both, y - both)]
 
 
+def true_negatives(pixels, batch_dice, do_bg):
+    """tn, (N, K), or (1, K) with batch_dice. Only some losses need it."""
+    p, y = counted(pixels, do_bg)
+    return total((1 - p) * rest(pixels, y), batch_dice)
+
+
 def one_minus_index(wrong, right):
     """1 - right / (right + wrong), written so that a large empty mask has a gradient as well."""
     ratio = wrong / right.clamp_min(1e-12)
@@ -103,11 +109,9 @@ def GDiceLoss(pixels, smooth=1e-5, batch_dice=False, do_bg=True):
     tp, fp, fn = soft_counts(pixels, batch_dice, do_bg)
     wrong, size = fp + fn, (tp + fn).detach()  # size = sum(y)
     if pixels.binary and do_bg:  # the background is wrong where the foreground is
-        p, y = counted(pixels, do_bg)
-        not_y = rest(pixels, y)
-        tp = torch.cat([total((1 - p) * not_y, batch_dice), tp], 1)
-        wrong = torch.cat([wrong, wrong], 1)
-        size = torch.cat([total(not_y, batch_dice), size], 1)
+        tn = true_negatives(pixels, batch_dice, do_bg)
+        size = torch.cat([(tn + fp).detach(), size], 1)
+        tp, wrong = torch.cat([tn, tp], 1), torch.cat([wrong, wrong], 1)
     # w is scaled to at most 1, so that smooth stays small beside it. Absent classes get w = 1.
     smallest = size.masked_fill(size == 0, torch.inf).amin(1, keepdim=True)
     w = (smallest / size.clamp_min(1)).clamp_max(1) ** 2
@@ -172,9 +176,7 @@ def MCCLoss(pixels, smooth=1e-5, batch_dice=False, do_bg=True):
     """1 - Matthews correlation, for objects of any size. No useful gradient on masks of one class.
     Formula (Abhishek and Hamarneh 2021, arXiv 2010.13454), with smooth added to each count:
     1 - (tp tn - fp fn) / sqrt((tp + fp) (tp + fn) (tn + fp) (tn + fn))"""
-    p, y = counted(pixels, do_bg)
-    true_negative = total((1 - p) * rest(pixels, y), batch_dice)
-    counts = [*soft_counts(pixels, batch_dice, do_bg), true_negative]
+    counts = [*soft_counts(pixels, batch_dice, do_bg), true_negatives(pixels, batch_dice, do_bg)]
     tp, fp, fn, tn = (count + smooth for count in counts)
     product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
     mcc = (tp * tn - fp * fn) / product.clamp_min(1e-30).sqrt()
