@@ -93,14 +93,15 @@ class CarvanaModel(pl.LightningModule):
         """(height, width, channels) of the images that the model is trained on."""
         return *config.pair(self.hparams.CROP_SIZE), self.hparams.CHANNELS
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Logits (N, CLASSES, H, W) of 8-bit images (N, CHANNELS, H, W), values 0..255."""
-        images = (images.float() - self.MODEL_MEAN) / self.MODEL_STD
-        return self.model(images.contiguous(memory_format=torch.channels_last))
+        image = image.to(torch.float32, copy=True)  # of its own: changed in place, which is faster
+        image.sub_(self.MODEL_MEAN).div_(self.MODEL_STD)
+        return self.model(image.contiguous(memory_format=torch.channels_last))
 
-    def predict(self, images: torch.Tensor) -> torch.Tensor:
+    def predict(self, image: torch.Tensor) -> torch.Tensor:
         """Logits (N, CLASSES, H, W) of 8-bit images of any size, see metrics.predict_windows."""
-        return metrics.predict_windows(self, images, self.input_size[:2], config.VAL_BATCH_SIZE)
+        return metrics.predict_windows(self, image, self.input_size[:2], config.VAL_BATCH_SIZE)
 
     # ------------------------------------------------------------ training
     def build_optimizer(self, parameters) -> torch.optim.Optimizer:

@@ -273,7 +273,7 @@ def read_mask(
     with opened(file) as image:
         check_mask_kind(file, image)
         ImageOps.exif_transpose(image, in_place=True)
-        image_format, palette_colours = image.format, palette(image)
+        image_format, palette_colours, greys = image.format, palette(image), None
         if image.mode in ('LA', 'RGBA') and image.getchannel('A').getextrema()[0] < 255:
             raise config.UserMistake(f'{file}: a mask with transparent pixels: {MAKE_PLAIN}')
         if colours and image.mode.startswith('I'):
@@ -281,14 +281,18 @@ def read_mask(
         image.info.pop('transparency', None)  # of palettes; Pillow warns of it
         if colours or image_format == 'JPEG' or image.mode in ('LA', 'RGBA'):
             image = image.convert('RGB')
-        elif image.mode == 'P' and not palette_colours:
-            image = image.convert('L')  # a grey GIF
+        elif image.mode == 'P' and not palette_colours:  # a grey GIF
+            greys = np.zeros(256, np.uint8)
+            entries = image.getpalette()[::3]
+            greys[: len(entries)] = entries
         elif image.mode.startswith('I;16'):
             image = image.convert('I')
         pixels = np.array(image)
         if image_format == 'JPEG':  # at its own size: resized, it may lose the brightest pixels
             pixels = lossy_values(file, pixels, classes, colours)
         pixels = resize_mask(pixels, size)  # before the rest, which is then faster
+        if greys is not None:
+            pixels = cv2.LUT(pixels, greys)
     if colours:
         values = values_of_colours(file, pixels, colours, ignore_index)
     else:
@@ -370,9 +374,10 @@ def resize_mask(values: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
 
 def values_in(pixels: np.ndarray) -> list[int]:
     """The different values of an array of whole numbers."""
-    if pixels.dtype == np.uint8:  # np.unique would sort it
-        return np.flatnonzero(cv2.calcHist([pixels], [0], None, [256], [0, 256])).tolist()
-    return np.unique(pixels).tolist()
+    flat = pixels.ravel()
+    # Each value starts a run of equal pixels. Masks have few runs, so sorting their starts is fast.
+    starts = np.append(True, flat[1:] != flat[:-1])
+    return np.unique(flat[starts]).tolist()
 
 
 # ------------------------------------------------------------ run lengths
