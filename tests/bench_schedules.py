@@ -11,7 +11,6 @@ difference of the last epoch's to the first row, the original's way, seed by see
 
 import itertools
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -57,8 +56,8 @@ def main() -> None:
 def train(words: list[str], seed: int, optimizer: str, schedule) -> pd.DataFrame:
     """metrics.csv of a training of fold 0."""
     given = [f'SEED={seed}', f'OPTIMIZER={optimizer}', f'SCHEDULE={schedule}']
-    command = [sys.executable, Lightning_trainer.__file__, *words, *given]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    command_line.override([*words, *given])
+    Lightning_trainer.main()
     return pd.read_csv(callbacks.version_folders()[-1] / 'metrics.csv')
 
 

@@ -42,6 +42,10 @@ BENCHMARKS = {
             r'run lengths of a mask [\d.]+ ms, its JPEG [\d.]+ ms',
         ],
     ),
+    'bench_scale': (
+        ['EPOCHS=1', 'MODEL_NAME=smp_linknet_tu-test_resnet'],
+        [r'\| SEED \| SCALE=None \| SCALE=1.0 \|', r'\| 1 \| [01]\.\d+ \| [01]\.\d+ \|'],
+    ),
     'bench_schedules': (
         ['EPOCHS=1', 'MODEL_NAME=smp_linknet_tu-test_resnet', 'CROP_SIZE=32', 'NUM_WORKERS=0'],
         [rf'\| Adam \| {name} \| 0\.\d+ \+- ' for name in ('None', 'poly', 'cosine')],
@@ -63,7 +67,7 @@ BENCHMARKS = {
 
 
 # These train in processes of their own. They run side by side, and beside the others.
-SLOW = ('bench_schedules', 'bench_training', 'bench_gpu')
+SLOW = ('bench_scale', 'bench_schedules', 'bench_training', 'bench_gpu')
 HERE = Path(__file__).parent
 
 
