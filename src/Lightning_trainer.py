@@ -26,8 +26,8 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-# A thread that waits for the others spins shortly, then sleeps: beside other programs, spinning made
-# a step up to 40 times slower. Set before torch loads OpenMP.
+# A thread that waits for the others spins shortly, then sleeps: beside other programs, spinning makes
+# steps many times slower. Set before torch loads OpenMP.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import pandas as pd
