@@ -147,6 +147,7 @@ BLACK, WHITE, MAROON = (0, 0, 0), (255, 255, 255), (128, 0, 0)
         (Image.fromarray(MASK.astype(np.uint16) * 65535), '16bit.png'),
         (Image.fromarray(MASK.astype('>u2') * 65535), '16bit.tif'),
         (palette(MASK, [BLACK, WHITE]), 'carvana.gif'),
+        (palette(1 - MASK, [WHITE, BLACK]), 'white_first.gif'),  # grey: its greys count
         (palette(MASK, [BLACK, MAROON]), 'voc.png'),
         (palette(MASK, [BLACK, MAROON]), 'voc.gif'),
         (Image.fromarray(MASK), 'grey01.gif'),

@@ -201,6 +201,9 @@ def test_the_model_normalises_eight_bit_images(tiny):
     mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (config.MODEL_MEAN, config.MODEL_STD))
     with torch.inference_mode():
         assert torch.allclose(model(images), model.model((images / 255 - mean) / std), atol=1e-5)
+        pixels = images.float()
+        assert torch.equal(model(pixels), model(images))
+        assert torch.equal(pixels, images.float())  # it normalises a copy
 
 
 def test_hyperparameters_are_plain_and_complete(tiny):

@@ -56,6 +56,15 @@ def test_images_of_every_kind_give_the_right_answer(model, tmp_path):
     assert images.rle_decode(rows['turned.png'], (48, 64)).any()
 
 
+def test_a_prediction_that_is_not_finite_is_refused_with_its_image(model, tmp_path):
+    """As float16 may give it, although the weights are finite."""
+    Image.fromarray(draw_ellipse(np.random.default_rng(0))[0]).save(tmp_path / 'test/a.png')
+    model.model.segmentation_head[0].weight.data[0, 0] = torch.inf
+    with pytest.raises(config.UserMistake, match=r'predictions for a\.png are not finite'):
+        predict(model)
+    assert not (tmp_path / 'output/submission.csv').exists()
+
+
 def test_images_of_different_sizes_share_a_batch(model, tmp_path):
     for number, size in enumerate([(40, 60), (61, 33), (32, 32)]):
         Image.fromarray(draw_ellipse(np.random.default_rng(1), *size)[0]).save(
