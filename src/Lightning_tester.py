@@ -1,8 +1,8 @@
 """Step 3: score each model on the images that it was not trained on, then predict TEST_PATH.
 
 Reads   OUTPUT/models.csv and its checkpoints; TRAIN_FOLDS with the images and masks (TRAIN_PATH,
-        MASK_PATH, IMAGE_PREFIX, IMAGE_SUFFIX, MASK_PREFIX, MASK_SUFFIX, TRAIN_CSV) of FOLDS; the
-        images of TEST_PATH (TEST_SUFFIX), in the order of TEST_CSV.
+        MASK_PATH, IMAGE_PREFIX, IMAGE_SUFFIX, MASK_PREFIX, MASK_SUFFIX, TRAIN_CSV,
+        EMPTY_IF_NO_MASK) of FOLDS; the images of TEST_PATH (TEST_SUFFIX), in the order of TEST_CSV.
 Writes  in OUTPUT oof.csv: img,kfold,dice,iou at each image's own size; submission.csv:
         img,rle_mask (RLE_ORDER); oof_worst.png, oof_histogram.png, test_samples.png; model_fold#/
         for smp.from_pretrained; with SAVE_MASKS, or several classes, test_masks/<img>.png.
@@ -274,6 +274,8 @@ def predict_test(models: list[CarvanaModel], threshold: float, test_files: list[
         samples[row.img] = image, mask
     plots.save(plots.samples(samples, classes), output / 'test_samples.png')
     print(f'{len(test_files)} images of {config.TEST_PATH}: submission.csv, test_samples.png')
+    if classes > 1:
+        print('test_masks/ has the classes; rle_mask in submission.csv is all of them except 0')
 
 
 if __name__ == '__main__':

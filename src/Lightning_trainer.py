@@ -1,7 +1,7 @@
 """Step 2: train one model for each fold in FOLDS.
 
-Reads   TRAIN_FOLDS, TRAIN_PATH, MASK_PATH (IMAGE_PREFIX, IMAGE_SUFFIX, MASK_PREFIX, MASK_SUFFIX,
-        TRAIN_CSV, RLE_ORDER, EMPTY_IF_NO_MASK, MASK_COLOURS); ENCODER_WEIGHTS.
+Reads   TRAIN_FOLDS (N_FOLDS), TRAIN_PATH, MASK_PATH (IMAGE_PREFIX, IMAGE_SUFFIX, MASK_PREFIX,
+        MASK_SUFFIX, TRAIN_CSV, RLE_ORDER, EMPTY_IF_NO_MASK, MASK_COLOURS); ENCODER_WEIGHTS.
 Writes  LOGS_PATH/version_#/ for each fold: checkpoints/best.ckpt (by val_dice) and last.ckpt,
         hparams.yaml, metrics.csv, TensorBoard events, curves.png, profile.txt;
         OUTPUT/models.csv: fold,version,checkpoint,val_dice,val_iou; OUTPUT/cache with CACHE.

@@ -83,7 +83,7 @@ RULES = {
         lambda v: config.CLASSES > 2 or v not in (0, 1),
     ),
     'MASK_COLOURS': (
-        'None or [(r, g, b), ...] from 0 to 255: one per class, or two if CLASSES=1',
+        'None or [(r, g, b), ...] from 0 to 255: as many as CLASSES, or two if CLASSES=1',
         are_colours,
     ),
     'N_FOLDS': ('a whole number from 2 up', lambda v: v >= 2),
@@ -175,6 +175,11 @@ def exit_on_sigterm():
     def stop(*_) -> None:
         nonlocal stopped
         stopped = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may come again, from a parent process
+        if hasattr(
+            signal, 'SIGCHLD'
+        ):  # torch's handler raises for workers that are stopped as well
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # Python drops what is raised in a destructor, such as the one that waits for the workers.
         sys.unraisablehook = end_at_once
         sys.exit(143)
@@ -191,7 +196,8 @@ def exit_on_sigterm():
             sys.exit(143)
         raise
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        if not stopped:
+            signal.signal(signal.SIGTERM, earlier)
 
 
 def run(main, doc: str, options: dict[str, dict] | None = None, defaults: list[str] = ()) -> None:

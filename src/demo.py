@@ -144,7 +144,7 @@ def run(script: str, *argument_lists: list[str]) -> None:
                 print(line, end='', flush=True)
         return process.returncode
 
-    print(f'\n--- python {script}', flush=True)
+    print(f'\n--- python src/{script}', flush=True)
     with ThreadPoolExecutor(len(argument_lists)) as pool:
         failed = [status for status in pool.map(run_once, argument_lists) if status]
     if failed:

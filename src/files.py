@@ -25,7 +25,7 @@ NAMING = {
 HIDDEN = ('.', '@', '__MACOSX')  # files and folders that systems add, such as ._a.png and @eaDir
 # Line ends, and half characters, which stand for bytes that are not UTF-8.
 CONTROL_CHARACTERS = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
-TABLE_HELP = 'make a table with one row per image, as README.md shows in "Your own images"'
+TABLE_HELP = 'make a table with one row per image, as README.md shows in "Other competitions"'
 MODEL_COLUMNS = ['fold', 'version', 'checkpoint', 'val_dice', 'val_iou']  # of models.csv
 
 
@@ -193,8 +193,8 @@ def list_files(constant: str, required: bool = True) -> dict[str, Path]:
         shown = repr(str(folder / file))
         if shared and other_length == length:
             raise config.UserMistake(
-                f'{shown} may be an image or a mask: set another MASK_SUFFIX or MASK_PATH, and merge '
-                'the masks of an image into one file'
+                f'{shown} may be an image or a mask: put the images in a folder of their own, and merge '
+                'the masks of an image into one file; or set another MASK_SUFFIX'
             )
         if name in found:
             raise config.UserMistake(
@@ -282,8 +282,8 @@ def pairs_of(names) -> list[tuple[Path, Path | Runs]]:
             problem += f'; a mask has the name {next(iter(mask_files))}'
             raise config.UserMistake(f'{problem}: set prefixes and suffixes that give equal names')
         raise config.UserMistake(
-            f'{problem}: list the other images in a TRAIN_CSV; or set EMPTY_IF_NO_MASK=True if these '
-            'images really hold no object'
+            f'{problem}: list the images that have masks in a TRAIN_CSV; or set EMPTY_IF_NO_MASK=True '
+            'if those without really hold no object'
         )
     return [(image_files[name], mask_files[name]) for name in names]
 

@@ -83,6 +83,9 @@ def check_files(names: list[str], pairs: list[tuple]) -> None:
             both = f'{image.size} and {mask.size} as (height, width)'
             raise config.UserMistake(f'image and mask of {name} have sizes {both}: {remedy}')
     images.print_large(sizes, config.crop_size(), config.SCALE)
+    runs = sum(isinstance(mask, Runs) and mask.text != '' for _, mask in pairs)
+    if runs:
+        print(f'{runs} masks are run lengths, RLE_ORDER={config.RLE_ORDER}: see test_dataset.py')
     lossy = sum(mask.format == 'JPEG' for mask in mask_headers.values())
     if lossy:
         print(f'{lossy} masks are JPEG files, which is lossy: 128 and above is foreground')
@@ -196,7 +199,9 @@ def check_up_to_date() -> None:
     elif count != config.N_FOLDS:
         problem = f'has {count} folds, but N_FOLDS={config.N_FOLDS}'
     if problem:
-        raise config.UserMistake(f'{config.TRAIN_FOLDS} {problem}: run folds.py again')
+        raise config.UserMistake(
+            f'{config.TRAIN_FOLDS} {problem}: give the same constants, or run folds.py again'
+        )
 
 
 if __name__ == '__main__':

@@ -83,7 +83,8 @@ def check_pages(file, image: Image.Image) -> None:
             pages.append(number)
     image.seek(0)
     if pages != [0]:
-        raise config.UserMistake(f'{file}: a TIFF of {len(pages)} pages: save each as its own file')
+        problem = f'a TIFF of {len(pages)} pages'
+        raise config.UserMistake(f'{file}: {problem}: save each as a file, or colours as RGB')
 
 
 def bits(image: Image.Image) -> int:

@@ -41,6 +41,14 @@ def rectangle(height: int, width: int) -> np.ndarray:
     return mask
 
 
+def run_lines(folder: Path, submission: bool) -> None:
+    """Run README's lines that merge the rows of a table, or those that split the submission's."""
+    (block,) = re.findall(r'```python\n(.*?)```', SECTION, re.DOTALL)
+    imports, merge, split = block.split('\n\n')
+    lines = f'{imports}\n{split if submission else merge}'
+    exec(lines.replace("'input/", f"'{folder}/").replace("'output/", f"'{folder}/"), {})
+
+
 def airbus(folder: Path) -> dict[str, np.ndarray]:
     """A row for each ship, down the columns; a ship-free image has an empty cell. README's lines."""
     truth, rows = {}, []
@@ -53,8 +61,7 @@ def airbus(folder: Path) -> dict[str, np.ndarray]:
     table = pd.DataFrame(rows, columns=['ImageId', 'EncodedPixels'])
     table.to_csv(folder / 'train_ship_segmentations_v2.csv', index=False)
     save(picture(768, 768), folder / 'test_v2/0.jpg')
-    (lines,) = re.findall(r'```python\n(.*?)```', SECTION, re.DOTALL)
-    exec(lines.replace("'input/", f"'{folder}/").replace("'src'", f"'{SRC}'"), {})
+    run_lines(folder, submission=False)
     return truth
 
 
@@ -154,6 +161,18 @@ def test_each_mask_is_read_as_it_was_drawn(tmp_path, name, arguments):
     if config.path(config.TEST_PATH).is_dir():
         small = {'MODEL_NAME': 'smp_linknet_tu-test_resnet', 'ENCODER_WEIGHTS': None}
         assert len(predictor.list_test_files(CarvanaModel([0], [1], **small))) == 1
+
+
+def test_the_submission_becomes_a_row_for_each_ship(tmp_path):
+    ships = np.zeros((2, 768, 768), np.uint8)
+    ships[0, 5:9, 7:30], ships[1, 100:103, 7:30] = 1, 1
+    both = images.rle_encode(ships.sum(0), 'columns')
+    (tmp_path / 'submission.csv').write_text(f'img,rle_mask\na.jpg,{both}\nb.jpg,\n')
+    run_lines(tmp_path, submission=True)
+    table = pd.read_csv(tmp_path / 'ships.csv', keep_default_na=False)
+    assert table.columns.tolist() == ['ImageId', 'EncodedPixels']
+    rows = [('a.jpg', images.rle_encode(ship, 'columns')) for ship in ships] + [('b.jpg', '')]
+    assert list(table.itertuples(index=False, name=None)) == rows
 
 
 def test_each_row_has_a_layout():

@@ -119,7 +119,7 @@ def test_runs_side_by_side_share_the_cores_and_a_failure_ends_the_demo(
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     demo.run('wait.py', ['a', 'b', '0'], ['b', 'a', '0'])
     title, *lines = capfd.readouterr().out.split('\n')[1:-1]
-    assert title == '--- python wait.py'
+    assert title == '--- python src/wait.py'
     assert sorted(lines) == ['a with 2 threads', 'b with 2 threads']
     demo.run('wait.py', ['a', 'a', '0'])
     assert capfd.readouterr().out.endswith('\na with 5 threads\n')

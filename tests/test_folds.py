@@ -84,7 +84,7 @@ MISTAKES = {
     'empty mask file': (lambda f: mask(f).write_bytes(b''), '_mask.gif.*it is empty'),
     'text': (lambda f: image(f).write_text('hello'), '000000000000_01.jpg: not a readable image'),
     'truncated': (lambda f: image(f).write_bytes(image(f).read_bytes()[:-99]), '01.jpg: not a readable'),
-    'twice': (lambda f: csv(f, 'img\na.jpg\na.jpg\n'), 'twice: a: make a table .*Your own images'),
+    'twice': (lambda f: csv(f, 'img\na.jpg\na.jpg\n'), 'twice: a: make a table .*Other competitions'),
     'twice but for the suffix': (lambda f: csv(f, 'img\na.jpg\na\n'), 'listed twice: a'),
     'empty cell': (lambda f: csv(f, 'img,rle\na.jpg,1 1\n,1 1\n'), 'masks.csv: img is empty'),
     'not a table': (lambda f: csv(f, 'img\n1,2,3\n4,5\n6,7,8,9\n'), 'masks.csv: not a readable table'),
@@ -174,7 +174,9 @@ def test_ignoring_the_foreground_is_refused(carvana):
 def test_more_folds_than_asked_for_are_told(carvana):
     folds.main()
     config.N_FOLDS = 3
-    with pytest.raises(config.UserMistake, match='has 5 folds, but N_FOLDS=3: run folds.py again'):
+    with pytest.raises(
+        config.UserMistake, match='has 5 folds, but N_FOLDS=3: give the same constants, or run'
+    ):
         folds.check_up_to_date()
 
 

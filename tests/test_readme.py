@@ -95,6 +95,7 @@ def test_the_example_of_ones_own_images_runs_as_it_stands(tmp_path):
     assert result.returncode == 0, result.stderr
     assert len((project / 'output/train_folds.csv').read_text().split()) == 25
     assert (project / 'output/oof_worst.png').is_file()
+    assert len(list((project / 'output/test_masks').iterdir())) == 24
     assert (project / 'output/model_fold0/config.json').is_file()
 
 
