@@ -166,6 +166,12 @@ def positive_int(text: str) -> int:
 
 
 # ------------------------------------------------------------ a script
+def ignore_workers() -> None:
+    """Replace torch's handler of SIGCHLD, which raises for a worker that ends by a signal."""
+    if hasattr(signal, 'SIGCHLD'):  # not on Windows
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # SIG_DFL: an error for one that has come
+
+
 @contextmanager
 def exit_on_sigterm():
     """Raise SystemExit(143) on SIGTERM, which docker stop, scancel and timeout send, as Ctrl-C raises
@@ -176,10 +182,7 @@ def exit_on_sigterm():
         nonlocal stopped
         stopped = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may come again, from a parent process
-        if hasattr(
-            signal, 'SIGCHLD'
-        ):  # torch's handler raises for workers that are stopped as well
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        ignore_workers()
         # Python drops what is raised in a destructor, such as the one that waits for the workers.
         sys.unraisablehook = end_at_once
         sys.exit(143)
@@ -193,6 +196,7 @@ def exit_on_sigterm():
         yield
     except BaseException:
         if stopped:  # workers that were stopped as well raise errors of their own
+            ignore_workers()  # again: a loader that was just starting has set the handler since
             sys.exit(143)
         raise
     finally:

@@ -268,15 +268,16 @@ def test_what_is_not_a_run_of_ours_is_passed_over(undisturbed, tmp_path, capsys)
 
 
 def test_sigterm_ends_tidily(undisturbed, tmp_path):
+    """Also if it reaches the parent, the training and its workers at once, as from scancel."""
     make_carvana(tmp_path / 'input', cars=6)
-    words = [*settings(tmp_path), *SETTINGS, 'EPOCHS=500', 'FOLDS=[0, 1]']
+    words = [*settings(tmp_path), *SETTINGS, 'EPOCHS=500', 'FOLDS=[0, 1]', 'NUM_WORKERS=2']
     command_line.override(words)
     folds.main()
     process = start('Lightning_trainer.py', *words, stderr=subprocess.STDOUT)
     # The line of an epoch is printed before its checkpoint is saved, so wait for the second one.
     while 'epoch   2/500' not in process.stdout.readline() and process.poll() is None:
         pass
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     log = finish(process).stdout
     assert process.returncode == 143
     assert 'fold 0 was stopped: run again with RESUME=True' in log and 'Traceback' not in log
