@@ -287,16 +287,12 @@ TERM = {
     ),
     # torch's handler of SIGCHLD raises for such a worker, also while Python shuts down.
     'with a worker that ends later': (
-        'import atexit, subprocess\n'
+        'import subprocess, weakref\n'
         'def fail(*_): raise RuntimeError("DataLoader worker is killed")\n'
         'signal.signal(signal.SIGCHLD, fail)\n'
         'worker = subprocess.Popen(["sleep", "60"])\n'
-        'atexit.register(lambda: (worker.kill(), time.sleep(1)))\n'
+        'weakref.finalize(signal, lambda: (worker.kill(), time.sleep(1)))\n'
         'os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)'
-    ),
-    'twice': (
-        'try: os.kill(os.getpid(), signal.SIGTERM)\n'
-        'finally: os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)'
     ),
 }
 
