@@ -126,7 +126,7 @@ class Predictor(pl.LightningModule):
         if not batch:
             return []  # of a process that has no images, see `run`
         results, probabilities = [], self.probabilities(batch['image'])
-        if not probabilities.sum().isfinite():
+        if not probabilities.sum().isfinite():  # a NaN stays in the sum
             raise config.UserMistake(
                 f'the predictions for {files.first_few(batch["img"])} are not finite with '
                 f"PRECISION={config.PRECISION}: try PRECISION='bf16' or 32"

@@ -9,7 +9,6 @@ Both kinds are one data set with two groups, so that the fold of the large image
 the mean of oof.csv; a row takes the same number of optimizer steps with each value of SCALE.
 """
 
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'src'))
 
 import numpy as np
 import pandas as pd
+from bench_schedules import SEEDS
 from PIL import Image
 
 import command_line
@@ -26,7 +26,6 @@ import folds
 import Lightning_tester
 import Lightning_trainer
 
-SEEDS = range(1, 1 + int(os.environ.get('SEEDS', 3)))
 SETTINGS = [
     'IMAGE_SUFFIX=.png', 'MASK_SUFFIX=.png', 'GROUP_REGEX=^(small|large)', 'N_FOLDS=2',
     'MODEL_NAME=smp_linknet_tu-regnetx_002', 'ENCODER_WEIGHTS=None', 'CROP_SIZE=64', 'EPOCHS=20',

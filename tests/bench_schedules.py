@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'src'))
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # as in Lightning_trainer.py, before torch
 
 import pandas as pd
 

@@ -97,10 +97,14 @@ def images_per_second(model, steps: int, precision) -> float:
     return clock.images / clock.seconds
 
 
-def speed(folder: str, rounds: int, steps: int, size: int) -> None:
+def arguments(folder: str, *given: str) -> list[str]:
+    """NAME=value arguments for the images in a folder, then the given ones."""
     words = [f'INPUT={folder}', f'OUTPUT={folder}/output', 'N_FOLDS=2', 'ENCODER_WEIGHTS=None']
-    words += [f'CROP_SIZE={size}', f'TRAIN_BATCH_SIZE={BATCH}', 'ACCUMULATE_GRAD_BATCHES=1']
-    command_line.override(words)
+    return [*words, 'ACCUMULATE_GRAD_BATCHES=1', *given]
+
+
+def speed(folder: str, rounds: int, steps: int, size: int) -> None:
+    command_line.override(arguments(folder, f'CROP_SIZE={size}', f'TRAIN_BATCH_SIZE={BATCH}'))
     folds.main()
     names = folds.read_folds().img.tolist()
     ours = runtime.precision()[0]
@@ -135,9 +139,9 @@ def epoch_ends(words: list[str]) -> list[float]:
 
 def startup(folder: str) -> tuple[float, float]:
     """Seconds until the first epoch of one step is over, and of the imports alone."""
-    words = [f'INPUT={folder}', f'OUTPUT={folder}/output', 'N_FOLDS=2', 'ENCODER_WEIGHTS=None']
-    words += ['CROP_SIZE=32', 'EPOCHS=1', f'LOGS_PATH={folder}/logs', 'NUM_WORKERS=0', 'FOLDS=[0]']
-    words += ['ACCUMULATE_GRAD_BATCHES=1', 'CACHE=True', 'TRAIN_BATCH_SIZE=16', 'VAL_BATCH_SIZE=16']
+    given = ['CROP_SIZE=32', 'EPOCHS=1', f'LOGS_PATH={folder}/logs', 'NUM_WORKERS=0', 'FOLDS=[0]']
+    given += ['CACHE=True', 'TRAIN_BATCH_SIZE=16', 'VAL_BATCH_SIZE=16']
+    words = arguments(folder, *given)
     start = time.perf_counter()
     ours = epoch_ends(words)[0] - start
     packages = 'torch, pytorch_lightning, segmentation_models_pytorch, albumentations'
